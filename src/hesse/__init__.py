@@ -1,0 +1,47 @@
+"""hesse: second-order training for PyTorch, on the formula x - alpha B^{-1} grad f.
+
+The public names are loaded when first used, so that ``hesse --help`` does not wait for torch, and so that the
+trainer's libraries are needed only by those who train on tables.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hesse import check as check
+    from hesse import curvature as curvature
+    from hesse import optim as optim
+    from hesse.finding import Finding as Finding
+    from hesse.finding import InputError as InputError
+    from hesse.health import watch as watch
+    from hesse.objective import closure as closure
+    from hesse.training import Run as Run
+    from hesse.training import train as train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Finding": "hesse.finding",
+    "InputError": "hesse.finding",
+    "Run": "hesse.training",
+    "closure": "hesse.objective",
+    "train": "hesse.training",
+    "watch": "hesse.health",
+}
+_ROOMS = ("check", "curvature", "optim")
+
+__all__ = ["Finding", "InputError", "Run", "check", "closure", "curvature", "optim", "train", "watch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"hesse.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'hesse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
