@@ -1,0 +1,143 @@
+"""The page in a real browser: no error on the console, every chart drawn, nothing wider than the screen."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from report_records import MODALITIES, make_run
+
+webdriver: Any = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (hesse[dev])")
+pytest.importorskip("jinja2", reason="the report needs hesse[train]")
+pytest.importorskip("plotly", reason="the report needs hesse[train]")
+
+from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+
+from hesse.report import build  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMEDRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and CHROMEDRIVER), reason="chromium and chromedriver are not both on the PATH"
+)
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+# What plotly.js draws for a trace of each type.
+DRAWN = {"scatter": ".scatterlayer .trace", "bar": ".barlayer .trace", "heatmap": ".heatmaplayer .hm image"}
+LONG = (
+    "<b onmouseover=alert(1)>" + "a very long name of a class that somebody exported, 型の名前 🦊 مرحبا " * 3
+)
+RUNS: dict[str, dict[str, Any]] = {
+    "classification": {},
+    "regression": {"task": "regression", "target": "price", "modalities": MODALITIES[:1], "compare": ()},
+    "hostile names": {
+        "target": LONG,
+        "classes": ("$x$", LONG, LONG + "2", "</script>", "var(--page)", "%{y}"),
+        "modalities": (("image", LONG), ("text", "字" * 80)),
+        "layers": tuple(f"{LONG}.{i}" for i in range(70)),
+        "epochs": 2,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options=options, service=Service(CHROMEDRIVER)) as driver:
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(make_run(tmp_path_factory.mktemp("run"), epochs=3))
+
+
+def show(browser: Any, page: Path, width: int, scheme: str) -> dict[str, Any]:
+    """Open the page, wait until it has drawn, and return its figures."""
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get(page.as_uri())
+    figures = json.loads(browser.execute_script("return document.getElementById('figures').textContent"))
+    assert figures
+    WebDriverWait(browser, 20).until(lambda _: all(count(browser, name, "svg.main-svg") for name in figures))
+    return dict(figures)
+
+
+def count(browser: Any, chart: str, selector: str) -> int:
+    script = "return document.querySelectorAll(`[data-figure='${arguments[0]}'] ${arguments[1]}`).length"
+    return int(browser.execute_script(script, chart, selector))
+
+
+def wide(browser: Any) -> int:
+    return int(browser.execute_script("return document.documentElement.scrollWidth"))
+
+
+@pytest.mark.parametrize(
+    ("run", "width", "scheme"),
+    [
+        ("classification", 1280, "light"),
+        ("classification", 360, "dark"),
+        ("regression", 1280, "dark"),
+        ("hostile names", 360, "light"),
+    ],
+)
+def test_every_chart_is_drawn(browser: Any, tmp_path: Path, run: str, width: int, scheme: str) -> None:
+    figures = show(browser, build(make_run(tmp_path, **RUNS[run])), width, scheme)
+    assert browser.get_log("browser") == []
+    for name, figure in figures.items():
+        for kind in {trace["type"] for trace in figure["data"]}:
+            expected = sum(trace["type"] == kind for trace in figure["data"])
+            assert count(browser, name, DRAWN[kind]) == expected, f"{name} lacks a {kind}"
+    assert wide(browser) <= width, "the page scrolls sideways"
+    visited = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in visited if m["method"] == "Network.requestWillBeSent"]
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def test_names_are_drawn_as_text(browser: Any, tmp_path: Path) -> None:
+    names = ("<b>bold</b>", "a & b", "var(--page)")
+    layers = tuple(f"{name}.conv1" for name in names)
+    show(browser, build(make_run(tmp_path, classes=names, layers=layers, epochs=2)), 1280, "light")
+    for place in ("[data-figure=confusion] .ytick text", "[data-figure=updates] .legendtext"):
+        script = "return [...document.querySelectorAll(arguments[0])].map((text) => text.textContent)"
+        assert sorted(browser.execute_script(script, place)) == sorted(names)
+
+
+def test_turning_dark_redraws_the_charts(browser: Any, plain: Path) -> None:
+    fill = "return document.querySelector('[data-figure] .xtick text').style.fill"
+    show(browser, plain, 1280, "light")
+    light = browser.execute_script(fill)
+    features = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    WebDriverWait(browser, 10).until(lambda _: browser.execute_script(fill) != light)
+    assert browser.get_log("browser") == []
+
+
+def test_it_prints(browser: Any, plain: Path) -> None:
+    show(browser, plain, 1280, "dark")
+    assert base64.b64decode(browser.print_page()).startswith(b"%PDF")
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.documentElement.className") == ""
