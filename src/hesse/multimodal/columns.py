@@ -1,0 +1,255 @@
+"""What a column is, found by looking at its values, with the reason in words.
+
+A column is an image or audio path, a number, a category or text; or it is left out, because it says nothing
+(one value throughout) or says which row it is and not what the row is like (an identifier). The user sees
+kind and reason before training starts and can overrule them: ``--column zip=category``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hesse.finding import InputError
+from hesse.multimodal.media import OUTSIDE, find_file
+from hesse.multimodal.table import Table
+from hesse.multimodal.values import is_readable, not_numbers, require_readable, short, try_numbers
+
+__all__ = ["KINDS", "Column", "Kind", "describe", "is_few", "refuse_mixed"]
+
+Kind = Literal["image", "audio", "text", "number", "category"]
+Role = Literal["input", "target", "split", "ignored"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+MEDIA: dict[Kind, tuple[str, ...]] = {
+    "image": ("png", "jpg", "jpeg", "gif", "bmp", "webp", "tif", "tiff", "pgm", "ppm", "pbm", "avif"),
+    "audio": ("wav", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "w64", "caf"),
+}
+MOST_CATEGORIES = 1000
+
+_DATE = r"^(\d{4}-\d{1,2}-\d{1,2}([ T].*)?|\d{1,2}[./]\d{1,2}[./]\d{2,4}( .*)?)$"
+_ID_NAME = re.compile(r"(^|[\W_])(id|uuid|guid|index|idx|key|nr|no|row|unnamed)([\W_]*\d*)$", re.IGNORECASE)
+_CAMEL_ID = re.compile(r"[a-z]I[dD]$")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table: what it is, what it is for, and why.
+
+    Attributes:
+        name: as in the header.
+        kind: how its values are read.
+        role: "input", "target", "split" or "ignored".
+        reason: why this kind or role, a short phrase.
+        missing: number of rows without a value.
+        unique: number of different values.
+        example: the first value, shortened.
+        settings: what encoding needs, chosen from the training rows; a JSON object.
+    """
+
+    name: str
+    kind: Kind
+    role: Role
+    reason: str
+    missing: int
+    unique: int
+    example: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def row(self) -> dict[str, Any]:
+        """The column as a row of the table shown to the user: everything but the settings."""
+        return {key: value for key, value in asdict(self).items() if key != "settings"}
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What kinds are decided by: the values, how many there are, and how many differ."""
+
+    values: pa.Array
+    distinct: pa.Array
+    present: int
+
+    @property
+    def unique(self) -> int:
+        return len(self.distinct)
+
+
+def describe(table: Table, name: str, root: Path, override: str | None = None) -> Column:
+    """Find the kind of one column.
+
+    Args:
+        table: the whole table.
+        name: the column.
+        root: the folder that paths are relative to.
+        override: the kind the user asked for, or ``"ignore"``, or None.
+
+    Raises:
+        InputError: numbers with a few words among them; paths of which no file exists; an override that does
+            not fit.
+
+    Example:
+        >>> import pyarrow
+        >>> sizes = pyarrow.array(["S", "M", "L", "M"] * 5, pyarrow.large_string())
+        >>> table = Table(pyarrow.table({"size": sizes}), "shirts.csv", None)
+        >>> column = describe(table, "size", Path())
+        >>> column.kind, column.reason
+        ('category', '3 different values in 20 rows')
+    """
+    values = table.column(name)
+    if not is_readable(values):
+        if override not in (None, "ignore"):
+            require_readable(table, name)
+        missing = values.null_count
+        return Column(name, "text", "ignored", f"{values.type} values are not read", missing, 0, "")
+    distinct = pc.drop_null(pc.unique(values))
+    facts = _Facts(values, distinct, len(values) - values.null_count)
+    if override is None:
+        kind, role, reason = _find(table, name, root, facts)
+    else:
+        kind, role, reason = _obey(table, name, facts, override)
+    example = short(distinct[0].as_py()) if facts.unique else ""
+    return Column(name, kind, role, reason, values.null_count, facts.unique, example)
+
+
+def is_few(unique: int, rows: int) -> bool:
+    """Whether values repeat enough to be categories: five rows each, or two if there are hardly any."""
+    return unique * 5 <= rows or (unique <= 10 and unique * 2 <= rows)
+
+
+def _obey(table: Table, name: str, facts: _Facts, override: str) -> tuple[Kind, Role, str]:
+    is_text = pa.types.is_large_string(facts.values.type)
+    if override == "ignore":
+        return ("text" if is_text else "number"), "ignored", "as asked"
+    if override in MEDIA and not is_text:
+        raise InputError(
+            "wrong kind",
+            table.where(name),
+            f"The column holds numbers, which are not paths of {override} files.",
+            f"Leave --column {name}={override} away.",
+        )
+    if not facts.present:
+        return "text", "ignored", "every value is missing"
+    for kind in get_args(Kind):
+        if kind == override:
+            return kind, "input", "as asked"
+    raise InputError(
+        "unknown kind",
+        f"column '{name}'",
+        f"There is no kind '{override}'.",
+        f"The kinds are: {', '.join(KINDS)}, ignore.",
+        value=override,
+    )
+
+
+def _find(table: Table, name: str, root: Path, facts: _Facts) -> tuple[Kind, Role, str]:
+    parsed = try_numbers(facts.values)
+    kind: Kind = "text" if parsed is None else "number"
+    if not facts.present:
+        return "text", "ignored", "every value is missing"
+    if facts.unique == 1 and facts.present == len(table):
+        return kind, "ignored", "the same value in every row"
+    if parsed is not None:
+        if _counts_rows(name, parsed, facts):
+            return "number", "ignored", "a number for each row: it names rows, it does not describe them"
+        return "number", "input", "every value is a number"
+
+    media = _media(table, name, root, facts)
+    if media is not None:
+        return media, "input", f"paths of {media} files"
+    of = f"{facts.unique} different values in {facts.present} rows"
+    dates = pc.all(pc.match_substring_regex(facts.distinct, _DATE)).as_py()
+    if facts.unique <= 20 and is_few(facts.unique, facts.present):
+        return "category", "input", of + (" (dates, read as categories for now)" if dates else "")
+    refuse_mixed(table, name)
+    if is_few(facts.unique, facts.present):
+        return "category", "input", of + (" (dates, read as categories for now)" if dates else "")
+    if dates:
+        return "text", "input", "dates, read as text for now"
+    if _names_rows(name, facts):
+        return "text", "ignored", "a different code in each row: it names rows, it does not describe them"
+    return "text", "input", f"free text: {of}"
+
+
+def _counts_rows(name: str, parsed: pa.Array, facts: _Facts) -> bool:
+    """Whole numbers, all different, that count the rows from 0 or 1, or go under a name like "id"."""
+    if facts.unique < len(facts.values):
+        return False
+    counts = parsed.to_numpy(zero_copy_only=False)
+    if len(counts) < 10 or not np.array_equal(counts, np.rint(counts)):
+        return False
+    return _is_id(name) or (counts[0] in (0, 1) and bool((np.diff(counts) == 1).all()))
+
+
+def _names_rows(name: str, facts: _Facts) -> bool:
+    """All different, one word each, and called an identifier or written with a digit in every one."""
+    if facts.unique < len(facts.values) or facts.unique < 10:
+        return False
+    word = pc.match_substring_regex(
+        facts.distinct, r"^\S{1,40}$" if _is_id(name) else r"^\S{0,39}\d\S{0,39}$"
+    )
+    return bool(pc.all(word).as_py()) and pc.max(pc.utf8_length(facts.distinct)).as_py() <= 40
+
+
+def _is_id(name: str) -> bool:
+    return bool(_ID_NAME.search(name) or _CAMEL_ID.search(name))
+
+
+def _media(table: Table, name: str, root: Path, facts: _Facts) -> Kind | None:
+    """The kind of file that nearly all values have the ending of, given that some of the files exist."""
+    for kind, endings in MEDIA.items():
+        fits = pc.match_substring_regex(facts.distinct, rf"(?i)\.({'|'.join(endings)})$")
+        if pc.sum(fits).as_py() < 0.8 * facts.unique:
+            continue
+        paths = pc.filter(facts.distinct, fits)
+        some = [paths[int(i)].as_py() for i in np.unique(np.linspace(0, len(paths) - 1, 50).astype(int))]
+        if any(_exists(root, cell) for cell in some):
+            return kind
+        raise InputError(
+            "missing file",
+            table.where(name, pc.index(facts.values, pc.cast(some[0], facts.values.type)).as_py()),
+            f"The column looks like paths of {kind} files, but none of them exists in {root.resolve()}.",
+            "Paths are relative to the table's folder: name another one with --data-root, "
+            f"or use the names alone with --column {name}=text or --column {name}=ignore.",
+        )
+    return None
+
+
+def _exists(root: Path, cell: str) -> bool:
+    """Files outside count as well here: the error about those is more to the point than "no such file"."""
+    try:
+        return os.path.exists(find_file(root, cell))  # noqa: PTH110 - never raises, however long the name
+    except InputError as error:
+        return error.finding.kind == OUTSIDE
+
+
+def refuse_mixed(table: Table, name: str) -> None:
+    """Numbers with a few words among them: a slip, or a way to say "unknown", which training must not guess.
+
+    Raises:
+        InputError: at least four values are numbers and at most a tenth (or one) are not.
+    """
+    values = table.column(name)
+    rows = not_numbers(values)
+    numeric = len(values) - values.null_count - len(rows)
+    if numeric < 4 or len(rows) > max(1, (numeric + len(rows)) // 10):
+        return
+    words = pc.unique(values.take(pa.array(rows))).to_pylist()[:3]
+    shown = ", ".join(f"'{short(word, 30)}'" for word in words)
+    raise InputError(
+        "mixed column",
+        table.where(name, int(rows[0])),
+        f"{numeric} values are numbers, but {len(rows)} {'is' if len(rows) == 1 else 'are'} not: {shown}.",
+        "Correct the cells, empty those that mean 'unknown', "
+        f"or read all values as words with --column {name}=category.",
+        value=short(words[0]),
+    )

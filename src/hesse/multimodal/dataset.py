@@ -1,0 +1,289 @@
+"""The table as tensors: every modality with its mask of presence, the targets, and which rows they came from.
+
+A missing cell is a zero with ``present = False``, never a made-up value. Cells that cannot be read stop
+everything, or, if asked, cost their rows: those are dropped, counted and listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hesse.finding import Finding, InputError
+from hesse.multimodal.columns import Column
+from hesse.multimodal.encoders import audio, image, text
+from hesse.multimodal.media import allocate, at_cell, decode_files, find_files
+from hesse.multimodal.model import Data
+from hesse.multimodal.schema import Schema
+from hesse.multimodal.table import Table
+from hesse.multimodal.values import labels, numbers, require_readable, short, texts
+
+__all__ = ["Dataset", "encode"]
+
+FAR = 10.0  # standard deviations: a value further out is brought in to here
+MOST_LISTED = 20  # findings about single rows
+
+Indices = Tensor | NDArray[np.int64] | Sequence[int] | slice
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """N rows of a table, ready for ``FusedModel``.
+
+    Attributes:
+        inputs: for each modality ``(data, present)``: data ``[N, ...]`` as its encoder takes them, present
+            bool ``[N]``.
+        targets: int64 ``[N]`` classes, float32 ``[N, 1]`` standardised values, or None.
+        rows: int64 ``[N]``, the table's row of each, ascending.
+        findings: rows that were left out, and why.
+    """
+
+    inputs: dict[str, tuple[Data, Tensor]]
+    targets: Tensor | None
+    rows: Tensor
+    findings: list[Finding] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Indices) -> tuple[dict[str, tuple[Data, Tensor]], Tensor | None]:
+        """Inputs and targets of some positions (0 to N - 1), as ``hesse.closure`` takes them."""
+        at = indices if isinstance(indices, slice) else torch.as_tensor(indices)
+        inputs = {key: (_at(data, at), present[at]) for key, (data, present) in self.inputs.items()}
+        return inputs, None if self.targets is None else self.targets[at]
+
+    def positions(self, rows: NDArray[np.int64]) -> Tensor:
+        """Where the table's rows ``rows`` are in this dataset, int64; rows that were left out are skipped."""
+        kept = np.isin(self.rows.numpy(), rows, assume_unique=True)
+        return torch.from_numpy(np.flatnonzero(kept))
+
+
+def encode(
+    schema: Schema,
+    table: Table,
+    *,
+    root: Path,
+    skip_bad_rows: bool = False,
+    with_target: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Dataset:
+    """Read the cells of a table as a schema says.
+
+    Args:
+        schema: from :func:`~hesse.multimodal.schema.make_schema`, or a run folder.
+        table: the table it was made from, or another one with the same input columns.
+        root: the folder that paths in cells are relative to and may not leave.
+        skip_bad_rows: leave out rows with a file that cannot be read, instead of raising.
+        with_target: also read the target, and leave out rows without one; otherwise the table need not have
+            it.
+        progress: called with how many files are decoded and how many there are.
+
+    Raises:
+        InputError: a column is absent, a number is none, a class is new, a path leads outside, or (without
+            ``skip_bad_rows``) a file cannot be read; each with its row.
+
+    Example:
+        >>> import pyarrow
+        >>> from hesse.multimodal import make_schema, read_table
+        >>> weights, species = [4.0, 21.5, None, 23.5] * 5, ["cat", "dog"] * 10
+        >>> table = read_table(pyarrow.table({"weight": weights, "species": species}))
+        >>> schema, parts = make_schema(table, "species", root=Path())
+        >>> inputs, targets = encode(schema, table, root=Path()).batch(slice(0, 3))
+        >>> (numbers, categories), present = inputs["columns"]
+        >>> numbers.shape, categories.shape, present.tolist(), targets.tolist()
+        (torch.Size([3, 1]), torch.Size([3, 0]), [True, True, False], [0, 1, 0])
+    """
+    _require_columns(schema, table, with_target)
+    findings: list[Finding] = []
+    rows = np.arange(len(table))
+    targets = None
+    if with_target:
+        rows, targets = _targets(schema, table)
+        if len(rows) < len(table):
+            findings.append(_without_target(schema, table, len(table) - len(rows)))
+
+    cells = {
+        key: texts(table.column(columns[0].name).take(pa.array(rows)))
+        for key, columns in schema.modalities.items()
+        if key != "columns"
+    }
+    files = {  # every path is judged before the first file is opened
+        key: find_files(table, schema.modalities[key][0].name, cells[key], rows.tolist(), root)
+        for key in cells
+        if schema.modalities[key][0].kind != "text"
+    }
+    total = sum(len(column) - column.count(None) for column in files.values())
+    done = 0
+
+    def tick(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(done, total)
+
+    arrays: dict[str, tuple[tuple[NDArray[Any], ...], NDArray[np.bool_]]] = {}
+    bad: dict[int, InputError] = {}  # the first error of each position
+    for key, columns in schema.modalities.items():
+        if key == "columns":
+            arrays[key] = _columns(columns, table, rows)
+            continue
+        column = columns[0]
+        if column.kind == "text":
+            data = _text(column, cells[key])
+        else:
+            module = image if column.kind == "image" else audio
+            shape, dtype = module.storage(column.settings)
+            data = allocate((len(rows), *shape), dtype)
+            errors = decode_files(files[key], partial(module.decode, settings=column.settings), data, tick)
+            for i, error in errors.items():
+                bad.setdefault(i, at_cell(error, table, column.name, int(rows[i]), cells[key][i] or ""))
+        arrays[key] = (data,), np.array([cell is not None for cell in cells[key]], bool)
+
+    if bad:
+        findings += _bad_rows(bad, len(rows), table, skip_bad_rows)
+        keep = np.setdiff1d(np.arange(len(rows)), list(bad))
+        rows = rows[keep]
+        targets = None if targets is None else targets[keep]
+        arrays = {
+            key: (tuple(_keep(part, keep) for part in data), here[keep])
+            for key, (data, here) in arrays.items()
+        }
+    inputs = {
+        key: (
+            tuple(map(torch.from_numpy, data)) if key == "columns" else torch.from_numpy(data[0]),
+            torch.from_numpy(here),
+        )
+        for key, (data, here) in arrays.items()
+    }
+    return Dataset(
+        inputs, None if targets is None else torch.from_numpy(targets), torch.from_numpy(rows), findings
+    )
+
+
+def _require_columns(schema: Schema, table: Table, with_target: bool) -> None:
+    wanted = [column.name for column in schema.inputs] + ([schema.target] if with_target else [])
+    absent = [name for name in wanted if name not in table.names]
+    if absent:
+        listed = ", ".join(f"'{name}'" for name in absent)
+        raise InputError(
+            "missing column",
+            table.name,
+            f"The table lacks {listed}, which the model was trained with.",
+            f"Add what is missing, empty if need be, or rename: the columns are {', '.join(table.names)}.",
+            value=absent[0],
+        )
+    for name in wanted:
+        require_readable(table, name)
+
+
+def _targets(schema: Schema, table: Table) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Rows with a target, and their targets."""
+    name = schema.target
+    if schema.task == "regression":
+        values = numbers(table, name)
+        rows = np.flatnonzero(~np.isnan(values))
+        standard = (values[rows] - schema.mean) / schema.scale
+        return rows, standard.astype(np.float32)[:, None]
+    values = labels(table.column(name))
+    rows = np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False))
+    codes = _code(values, list(schema.classes), unknown=-1)[rows]
+    new = rows[codes < 0]
+    if new.size:
+        raise InputError(
+            "unknown class",
+            table.where(name, int(new[0])),
+            f"The model was not trained on the class '{short(values[int(new[0])].as_py())}'.",
+            f"It knows: {', '.join(short(c) for c in schema.classes[:20])}.",
+        )
+    return rows, codes
+
+
+def _columns(
+    columns: list[Column], table: Table, rows: NDArray[np.int64]
+) -> tuple[tuple[NDArray[np.float32], NDArray[np.int64]], NDArray[np.bool_]]:
+    """Numbers ``[N, n]`` and categories ``[N, m]``; present is a row with any value."""
+    measured = [column for column in columns if column.kind == "number"]
+    named = [column for column in columns if column.kind == "category"]
+    floats = np.empty((len(rows), len(measured)), np.float32)
+    codes = np.empty((len(rows), len(named)), np.int64)
+    present = np.zeros(len(rows), bool)
+    for j, column in enumerate(measured):
+        values = numbers(table, column.name)[rows]
+        present |= ~np.isnan(values)
+        mean, std = column.settings["mean"], column.settings["std"]
+        floats[:, j] = (np.clip(values, mean - FAR * std, mean + FAR * std) - mean) / std
+    for j, column in enumerate(named):
+        values = labels(table.column(column.name)).take(pa.array(rows))
+        present |= values.is_valid().to_numpy(zero_copy_only=False)
+        known = column.settings["values"]
+        codes[:, j] = 1 + _code(values, known, unknown=len(known) if column.settings["other"] else -1)
+    return (floats, codes), present
+
+
+def _code(values: pa.Array, known: list[str], unknown: int) -> NDArray[np.int64]:
+    """The place of each value among the known ones; ``unknown`` for others, -1 for missing ones."""
+    places = pc.index_in(values, value_set=pa.array(known, pa.large_string()))
+    places = pc.if_else(values.is_valid(), pc.fill_null(places, unknown), -1)
+    return np.asarray(places.to_numpy(zero_copy_only=False), np.int64)
+
+
+def _text(column: Column, cells: list[str | None]) -> NDArray[Any]:
+    shape, dtype = text.storage(column.settings)
+    data = allocate((len(cells), *shape), dtype)
+    for i, cell in enumerate(cells):
+        if cell is not None:
+            data[i] = text.decode(cell, column.settings)
+    return data
+
+
+def _keep(data: NDArray[Any], keep: NDArray[np.intp]) -> NDArray[Any]:
+    """The rows ``keep`` (ascending), moved to the front in place: a copy might not fit into memory."""
+    for to, start in enumerate(keep.tolist()):
+        if to != start:
+            data[to] = data[start]
+    return data[: len(keep)]
+
+
+def _bad_rows(bad: dict[int, InputError], rows: int, table: Table, skip: bool) -> list[Finding]:
+    """What to say about rows that cannot be read; raises if they may not be skipped, or none is left."""
+    first, *others = [bad[i] for i in sorted(bad)]
+    f = first.finding
+    if not skip or len(bad) == rows:
+        rest = f" {len(others)} of the other {rows - 1} rows cannot be read either." if others else ""
+        remedy = "" if len(bad) == rows else " Or leave out rows that cannot be read with --skip-bad-rows."
+        raise InputError(
+            f.kind, f.where, f"{f.message}{rest}", f"{f.remedy}{remedy}".strip(), f.value
+        ) from first
+    count = Finding(
+        "skipped rows",
+        table.name,
+        f"{len(bad)} of {rows} rows cannot be read and were left out.",
+        "The first of them are listed below." if len(bad) > MOST_LISTED else "",
+        value=len(bad),
+    )
+    listed = [error.finding for error in (first, *others)[:MOST_LISTED]]
+    return [count, *(Finding(f.kind, f.where, f.message, f.remedy, "warning", f.value) for f in listed)]
+
+
+def _without_target(schema: Schema, table: Table, count: int) -> Finding:
+    return Finding(
+        "missing target",
+        table.where(schema.target),
+        f"{count} of {len(table)} rows have no target and were left out.",
+        "Fill the cells in if those rows should count.",
+        value=count,
+    )
+
+
+def _at(data: Data, at: Tensor | slice) -> Data:
+    return tuple(part[at] for part in data) if isinstance(data, tuple) else data[at]
