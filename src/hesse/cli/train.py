@@ -1,0 +1,89 @@
+"""``hesse train``: a table in, a run folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hesse.cli.exits import clean_exit, print_json
+
+__all__ = ["train"]
+
+
+def train(
+    table: Annotated[Path, typer.Argument(help="CSV, TSV, JSON lines or Parquet.")],
+    target: Annotated[str, typer.Option(help="The column to predict.")],
+    out: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/TABLE-TARGET]")] = None,
+    optimizer: Annotated[str, typer.Option(help="kfac, adamw, adam, adagrad, sgd or lbfgs.")] = "kfac",
+    lr: Annotated[float | None, typer.Option(help="Learning rate; kfac finds its own.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Most epochs.  [default: 40]")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Most seconds of training.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows a step.  [default: a 32nd of the rows, 16 to 512]")
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=KIND", help="image, audio, text, number, category or ignore; repeatable."),
+    ] = None,
+    split_column: Annotated[
+        str | None, typer.Option(help="Column that says train, valid or test.  [default: 80/10/10 by class]")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder that paths in cells are in.  [default: the table's]")
+    ] = None,
+    delimiter: Annotated[str | None, typer.Option(help="Of a CSV file, when it cannot be told.")] = None,
+    skip_bad_rows: Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out unreadable rows.")] = False,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Also train this optimizer for the same time; repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the run folder.")] = False,
+    seed: Annotated[int, typer.Option(help="Of split, initial weights and order.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Train a model on a table and leave a run folder with the model and a report."""
+    with clean_exit(as_json, after_interrupt="The run is saved; go on with the same command and --resume."):
+        columns = dict(_override(item) for item in column or ())
+        from hesse.training import train as run_training
+
+        run = run_training(
+            table,
+            target,
+            out=out,
+            optimizer=optimizer,
+            lr=lr,
+            epochs=epochs,
+            seconds=seconds,
+            batch_size=batch_size,
+            columns=columns,
+            split_column=split_column,
+            data_root=data_root,
+            delimiter=delimiter,
+            skip_bad_rows=skip_bad_rows,
+            compare=compare or (),
+            resume=resume,
+            overwrite=overwrite,
+            seed=seed,
+            verbose=not quiet,
+        )
+        if as_json:
+            print_json(
+                {
+                    "ok": True,
+                    "out": str(run.folder),
+                    "report": str(run.folder / "report.html"),
+                    "status": run.config["status"],
+                    "evaluation": run.evaluation,
+                    "findings": run.findings,
+                }
+            )
+
+
+def _override(item: str) -> tuple[str, str]:
+    name, equals, kind = item.rpartition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f"--column takes NAME=KIND, for instance photo=image; got {item!r}.")
+    return name, kind

@@ -1,0 +1,117 @@
+"""The quadratic model of a loss on a few directions, with the exact Gauss-Newton matrix and nothing formed.
+
+For directions V = [v_1, .., v_k] the model ``m(c) = c' V'g + c' (V'GV + damping V'V) c / 2`` predicts how the loss changes along V c.
+With G = J' H_L J an entry of V'GV is ``(J v_i)' H_L (J v_j)``: k forward-mode products, no matrix (Martens and Grosse, 2015,
+section 7). Its minimiser sets step size and momentum at once: with V = [direction, last update], c = (lr, momentum).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.autograd.forward_ad as fw
+from torch import Tensor
+
+from hesse import tree
+from hesse.linalg import solve_psd
+from hesse.objective import Objective
+
+__all__ = ["QuadraticModel", "jvp", "quadratic_model"]
+
+
+@dataclass(frozen=True)
+class QuadraticModel:
+    """``m(c) = slope' c + c' (curvature + damping * gram) c / 2`` on k directions.
+
+    Args:
+        slope: V'g, length k.
+        curvature: V'GV, k x k.
+        gram: V'V, k x k.
+    """
+
+    slope: list[float]
+    curvature: list[list[float]]
+    gram: list[list[float]]
+
+    def minimiser(self, damping: float) -> list[float]:
+        """The coefficients c that minimise the damped model."""
+        return solve_psd(self._matrix(damping), [-value for value in self.slope])
+
+    def value(self, c: Sequence[float], damping: float = 0.0) -> float:
+        """The predicted change of the loss, negative where it falls."""
+        matrix = self._matrix(damping)
+        linear = sum(ci * s for ci, s in zip(c, self.slope, strict=True))
+        return linear + 0.5 * sum(ci * cj * matrix[i][j] for i, ci in enumerate(c) for j, cj in enumerate(c))
+
+    def _matrix(self, damping: float) -> list[list[float]]:
+        return [
+            [b + damping * v for b, v in zip(row, gram, strict=True)]
+            for row, gram in zip(self.curvature, self.gram, strict=True)
+        ]
+
+
+def quadratic_model(
+    objective: Objective,
+    product: Callable[[Tensor], Tensor],
+    grad: Mapping[str, Tensor],
+    directions: Sequence[tree.Params],
+) -> QuadraticModel:
+    """The model of ``objective`` around its live parameters on ``directions``.
+
+    Args:
+        objective: the loss of one batch.
+        product: ``u -> H_L u`` at the outputs (see :func:`hesse.curvature.output_curvature`).
+        grad: the gradient.
+        directions: k trees of tensors shaped as the parameters.
+    """
+    outputs = [jvp(objective, direction) for direction in directions]
+    curved = [product(u) for u in outputs]
+    rows = [[torch.sum(u * h, dtype=torch.float64) for h in curved] for u in outputs]
+    gram = [[tree.dot(u, v) for v in directions] for u in directions]
+    slope = [tree.dot(v, grad) for v in directions]
+    k = len(directions)
+    flat = torch.stack([*slope, *sum(rows, []), *sum(gram, [])]).tolist()  # one synchronisation
+    square = [flat[k + i * k : k + (i + 1) * k] for i in range(2 * k)]
+    return QuadraticModel(flat[:k], square[:k], square[k:])
+
+
+def jvp(objective: Objective, direction: tree.Params) -> Tensor:
+    """``J v``: the derivative of the outputs along ``direction``, by forward-mode differentiation.
+
+    Where an operation has no forward derivative (fused attention, LSTM), by differentiating the backward pass, which is linear in the
+    vector it is given, with respect to that vector.
+
+    Example:
+        The outputs of a linear layer are linear in its weight:
+
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> objective = Objective(model, torch.nn.functional.mse_loss, torch.tensor([[3.0, 4.0]]), torch.zeros(1, 1))
+        >>> jvp(objective, {"weight": torch.tensor([[1.0, 1.0]])})
+        tensor([[7.]])
+    """
+    params = objective.params
+    try:
+        with torch.no_grad(), fw.dual_level():
+            duals = {name: fw.make_dual(params[name].detach(), v) for name, v in direction.items()}
+            primal, tangent = fw.unpack_dual(objective.outputs({**params, **duals}))
+    except (NotImplementedError, RuntimeError) as error:
+        if "forward" not in str(error):
+            raise
+        return _jvp_by_backward(objective, direction)
+    return torch.zeros_like(primal) if tangent is None else tangent
+
+
+def _jvp_by_backward(objective: Objective, direction: tree.Params) -> Tensor:
+    with torch.enable_grad():
+        params = {name: p.detach().requires_grad_() for name, p in objective.params.items()}
+        outputs = objective.outputs(params)
+        u = torch.zeros_like(outputs, requires_grad=True)
+        wanted = [params[name] for name in direction]
+        rows = torch.autograd.grad(outputs, wanted, u, create_graph=True, allow_unused=True)
+        pairs = [(row, v) for row, v in zip(rows, direction.values(), strict=True) if row is not None and row.requires_grad]
+        if not pairs:
+            return torch.zeros_like(outputs)
+        (tangent,) = torch.autograd.grad([r for r, _ in pairs], u, [v for _, v in pairs], allow_unused=True)
+    return torch.zeros_like(outputs) if tangent is None else tangent

@@ -1,0 +1,5 @@
+"""Does the gradient reach every layer? Watch a training run, and say where it does not and what to do."""
+
+from hesse.health.monitor import HealthReport, Monitor, watch
+
+__all__ = ["HealthReport", "Monitor", "watch"]
