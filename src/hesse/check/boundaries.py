@@ -100,13 +100,15 @@ def describe(slopes: Sequence[Slope]) -> str:
     slopes = [s for s in slopes if s.wrong or s.noise < 0.1]
     if all(abs(s.analytic) <= 1e-6 * abs(s.numeric) for s in slopes):
         return "is zero although the loss depends on it: the path is detached"
-    ratios = [s.analytic / s.numeric for s in slopes if s.numeric]
-    spread = max(s.noise for s in slopes) + 0.005
-    if len(ratios) > 1 and max(ratios) - min(ratios) <= spread * max(abs(r) for r in ratios):
-        ratio = sum(ratios) / len(ratios)
-        if abs(ratio + 1) <= spread:
+    sharpest = min(slopes, key=lambda s: s.noise)
+    ratio = sharpest.analytic / sharpest.numeric if sharpest.numeric else 0.0
+    blur = sharpest.noise + 0.005
+    if len(slopes) > 1 and all(
+        abs(s.analytic - ratio * s.numeric) <= abs(ratio) * s.limit + blur * abs(s.analytic) for s in slopes
+    ):
+        if abs(ratio + 1) <= blur:
             return "has the wrong sign"
-        if abs(ratio - 1) > 2 * spread:
+        if abs(ratio - 1) > 2 * blur:
             return f"is {ratio:.3g} times what it should be"
     return f"is off by {max(s.error for s in slopes):.0%}, differently in each direction"
 
@@ -122,8 +124,7 @@ def _slopes(
         return []
     scales = own_scales(tensors)
     probe = Probe(evaluate, list(tensors.values()), list(scales.values()), eps, generator)
-    directions = [probe.aligned_direction(grads), probe.random_direction()]
-    return [probe.slope(grads, direction) for direction in directions]
+    return probe.slopes(grads)
 
 
 def _evaluator(calls: Sequence[Call], settle: Callable[[], None]) -> Callable[[], Tensor]:

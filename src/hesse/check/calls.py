@@ -45,6 +45,7 @@ class RandomState:
     @contextmanager
     def again(self) -> Iterator[None]:
         """Inside, the numbers drawn are those drawn after the state was taken; outside, none were."""
+        torch.clear_autocast_cache()  # it holds casts of weights that may have been moved since
         with torch.random.fork_rng(devices=list(self.cuda)):
             torch.set_rng_state(self.cpu)
             for device, state in self.cuda.items():

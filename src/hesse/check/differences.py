@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["Probe", "Slope", "own_scales"]
+__all__ = ["BLUNT", "Probe", "Slope", "own_scales"]
 
 # Relative steps tried in turn, in units of eps^(1/3), where truncation and rounding of a central difference
 # balance for a function whose derivatives are of its own size. Stiff or kinked functions want less, noisy
 # ones more.
 LADDER = (1.0, 1 / 8, 4.0, 1 / 64)
-SHARP = 0.02  # a limit below this part of the slope decides the matter; no further step is tried
+SHARP = 0.02  # a limit below this part of the slope decides the matter at the first step
+BLUNT = 0.25  # a limit above this part of the slope tells too little
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def own_scales(tensors: Mapping[str, Tensor]) -> dict[str, float]:
         >>> own_scales({"a.weight": torch.full((2,), 4.0), "a.bias": torch.zeros(2)})
         {'a.weight': 4.0, 'a.bias': 4.0}
     """
-    sizes = {name: float(t.detach().double().square().mean().sqrt()) for name, t in tensors.items()}
+    sizes = {name: _root_mean_square(t.detach()) for name, t in tensors.items()}
     largest: dict[str, float] = {}
     for name, size in sizes.items():
         home = name.rpartition(".")[0]
@@ -126,37 +127,60 @@ class Probe:
 
     def random_direction(self) -> list[Tensor]:
         """Random signs times each tensor's scale: no element stands still, none moves further."""
-        return [
-            (torch.randint(0, 2, t.shape, generator=self.generator).to(t) * 2 - 1) * scale
-            for t, scale in zip(self.base, self.scales, strict=True)
-        ]
+        return [self._signs(t.shape).to(t) * scale for t, scale in zip(self.base, self.scales, strict=True)]
+
+    def scaling_direction(self) -> list[Tensor]:
+        """Each tensor stretched or shrunk as a whole, by the same part; one of zeros gets random signs.
+
+        Random signs cancel: among n numbers they leave a slope sqrt(n) times smaller than a move that means
+        something to the function, which float32 cannot see in a large model. Stretching means something,
+        and needs no gradient to be believed first.
+        """
+        stretched = []
+        for base, scale in zip(self.base, self.scales, strict=True):
+            zero = not bool(base.any())
+            stretched.append(
+                scale * self._signs(base.shape).to(base) if zero else self._signs(()).to(base) * base
+            )
+        return stretched
+
+    def _signs(self, shape: Sequence[int]) -> Tensor:
+        return torch.randint(0, 2, shape, generator=self.generator, dtype=torch.int8) * 2 - 1
 
     def aligned_direction(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The gradient's signs times each tensor's scale: where a slope stands out most clearly."""
         return [grad.sign() * scale for grad, scale in zip(grads, self.scales, strict=True)]
 
-    def slope(self, grads: Sequence[Tensor], direction: Sequence[Tensor]) -> Slope:
+    def slopes(self, grads: Sequence[Tensor]) -> list[Slope]:
+        """The slopes along the gradient, along a stretch and along random signs."""
+        # Random signs see what the others may miss in a small model, and little in a large one at any step.
+        return [
+            self.slope(grads, self.aligned_direction(grads)),
+            self.slope(grads, self.scaling_direction()),
+            self.slope(grads, self.random_direction(), tries=2),
+        ]
+
+    def slope(self, grads: Sequence[Tensor], direction: Sequence[Tensor], tries: int = len(LADDER)) -> Slope:
         """The slope along ``direction`` at the step whose own error estimate is the smallest.
 
-        The first step ends the search when it is sharp and agrees; a fault or a blunt limit is looked at
-        with other steps.
+        The first step ends the search when it agrees and is sharp, the second when it agrees and is not
+        blunt; a fault is looked at with all steps, ``tries`` at most.
         """
-        best: Slope | None = None
-        for factor in LADDER:
-            slope = self._measure(grads, direction, factor * self.eps ** (1 / 3))
-            if best is None or slope.limit < best.limit:
-                best = slope
-            if not best.wrong and best.noise <= SHARP:
-                break
-        assert best is not None
-        return best
+        tried: list[Slope] = []
+        for factor in LADDER[:tries]:
+            tried.append(self._measure(grads, direction, factor * self.eps ** (1 / 3)))
+            tried.sort(key=lambda s: s.limit)
+            if not tried[0].wrong and tried[0].noise <= (SHARP if len(tried) == 1 else BLUNT):
+                return tried[0]
+        best, second = tried[:2]
+        # Kinks may cancel in one estimate of the error by chance, hardly in the values at two steps.
+        return replace(best, limit=max(best.limit, 2 * abs(best.numeric - second.numeric)))
 
     def _measure(self, grads: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> Slope:
         half = step / 2
-        far_up, _ = self._at(direction, step, grads)
-        far_down, _ = self._at(direction, -step, grads)
-        up, ahead = self._at(direction, half, grads)
-        down, behind = self._at(direction, -half, grads)
+        far_up, far_down = self._at(direction, step), self._at(direction, -step)
+        up, ahead = self._at(direction, half), self._along(grads)
+        down, behind = self._at(direction, -half), self._along(grads)
         self.restore()
         near = (up - down) / step
         far = (far_up - far_down) / (2 * step)
@@ -168,21 +192,26 @@ class Probe:
         fuzz = 2 * self.rounding / half
         bend = 3 * ((near - far).abs() - fuzz).clamp_min(0).sum()
         kink = (jump.abs() / 2 - fuzz).clamp_min(0).sum()
-        limit = float(bend + kink) + 4 * self.total_rounding / half
+        # The gradient is rounded too; that matters in half precision only.
+        pairs = zip(grads, direction, strict=True)
+        own = sum(float(torch.sum((g * v).abs(), dtype=torch.float64)) for g, v in pairs)
+        limit = float(bend + kink) + 4 * self.total_rounding / half + 4 * self.eps * own
         analytic, numeric = (ahead - behind) / step, float(near.sum())
         finite = math.isfinite(limit) and math.isfinite(numeric)
         return Slope(analytic, numeric if finite else 0.0, limit if finite else math.inf, half)
 
-    def _at(
-        self, direction: Sequence[Tensor], length: float, grads: Sequence[Tensor]
-    ) -> tuple[Tensor, float]:
-        """The function at ``base + length * direction``, and the gradient times the move as rounded."""
-        moves = []
+    def _at(self, direction: Sequence[Tensor], length: float) -> Tensor:
+        """The function at ``base + length * direction``."""
         with torch.no_grad():
-            for tensor, base, v, grad in zip(self.tensors, self.base, direction, grads, strict=True):
+            for tensor, base, v in zip(self.tensors, self.base, direction, strict=True):
                 tensor.copy_(base + length * v)
-                moves.append(torch.sum((tensor.double() - base.double()) * grad.double()).cpu())
-        return self.evaluate(), float(torch.stack(moves).sum())
+        return self.evaluate()
+
+    def _along(self, grads: Sequence[Tensor]) -> float:
+        """The gradient times the move as rounded; differences of near numbers are exact."""
+        with torch.no_grad():
+            moves = zip(self.tensors, self.base, grads, strict=True)
+            return sum(float(torch.sum((t - base) * grad, dtype=torch.float64)) for t, base, grad in moves)
 
     def _rounding(self) -> tuple[Tensor, float]:
         """Rounding error of each element and of the sum: their change when all last digits change."""
@@ -200,3 +229,7 @@ class Probe:
             total = max(total, abs(float(change.sum())))
         self.restore()
         return worst, max(total, float(worst.square().sum().sqrt()))
+
+
+def _root_mean_square(t: Tensor) -> float:
+    return float(t.to(torch.promote_types(t.dtype, torch.float32)).square().mean().sqrt())

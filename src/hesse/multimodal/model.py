@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesse.multimodal.encoders import FEATURES, audio, columns, he_, image, text
+from hesse.multimodal.encoders import FEATURES, Convnet, audio, columns, he_, image, text
 from hesse.multimodal.fusion import Concatenate
 
 __all__ = ["Data", "FusedModel"]
@@ -28,8 +28,7 @@ class FusedModel(nn.Module):
 
     Args:
         settings: for each modality its ``kind`` ("image", "audio", "text" or "columns") and its encoder's
-        settings. The
-            order is the order of fusion.
+            settings. The order is the order of fusion.
         outputs: width of the output: the number of classes, or 1 for regression.
 
     ``forward`` takes each modality by name as the pair ``(data, present)``: data as the encoder takes them,
@@ -64,6 +63,17 @@ class FusedModel(nn.Module):
         nn.init.normal_(last.weight, std=HIDDEN**-0.5)  # no ReLU follows: half of He's variance
         nn.init.zeros_(last.bias)
         self.head = nn.Sequential(he_(nn.Linear(self.fusion.width, HIDDEN)), nn.ReLU(), last)
+
+    def prepare(self, inputs: Mapping[str, tuple[Data, Tensor]]) -> dict[str, tuple[Data, Tensor]]:
+        """The inputs with everything done that no parameter takes part in (pixels scaled, spectrograms taken).
+
+        ``forward`` takes either; preparing pays where one batch is evaluated several times, as second-order
+        optimisers do.
+        """
+        return {
+            key: (encoder.prepare(inputs[key][0]) if isinstance(encoder, Convnet) else inputs[key][0], inputs[key][1])
+            for key, encoder in self.encoders.items()
+        }
 
     def forward(self, **inputs: tuple[Data, Tensor]) -> Tensor:
         if inputs.keys() != self.encoders.keys():

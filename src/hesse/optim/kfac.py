@@ -34,7 +34,8 @@ from hesse.optim.base import Base
 __all__ = ["KFAC"]
 
 BURN_IN = 10  # first steps, each with fresh statistics: the factors are then averages of ten batches
-PERIOD = 5  # steps between later statistics and inverses: they change slowly and cost as much as a step
+PERIOD = 5  # steps between later statistics: they change slowly and cost half a step
+INVERSES = 10  # steps between later inverses
 MEMORY = 0.95  # of the statistics, in batches: about the last twenty
 DIRECTIONS = 2.0  # effective dimensions a term of the loss may answer for
 TRUST = (0.25, 0.75)  # trust ratios below which damping grows and above which it shrinks
@@ -145,7 +146,8 @@ class KFAC(Base):
             self._learn(params, calls, outputs, curvature)
             if group["steps"] == 0:
                 self._calibrate(params, objective, curvature, grad, value)
-            self._invert(params)
+            if group["steps"] < BURN_IN or group["steps"] % INVERSES == 0:
+                self._invert(params)
         direction = self._direction(params, grad)
         last = {name: self.state[p]["update"] for name, p in params.items() if "update" in self.state[p]}
         plane = [direction, last] if last else [direction]

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from hesse.finding import Finding
 from hesse.health.monitor import Monitor
-from hesse.multimodal import Dataset, Schema
+from hesse.multimodal import Dataset, FusedModel, Schema
 from hesse.objective import closure
 from hesse.training.evaluate import LOSSES, outputs, score
 
@@ -55,7 +55,7 @@ class Plan:
 class State:
     """What changes: the model and its average, the optimiser, the position, the best so far and the records."""
 
-    model: nn.Module
+    model: FusedModel
     average: AveragedModel
     optimizer: torch.optim.Optimizer
     monitor: Monitor
@@ -77,7 +77,7 @@ class State:
         return [*self.earlier, *self.monitor.findings]
 
 
-def start(model: nn.Module, optimizer: torch.optim.Optimizer, earlier: list[Finding]) -> State:
+def start(model: FusedModel, optimizer: torch.optim.Optimizer, earlier: list[Finding]) -> State:
     """The state before the first step; ``earlier`` are the findings made until then."""
 
     def average_(averaged: Any, current: Any, count: Tensor | int) -> None:
@@ -106,6 +106,7 @@ def take_step(plan: Plan, state: State, rows: Tensor, hidden: Tensor) -> float:
     inputs, targets = plan.data.batch(rows)
     for column, (key, (values, present)) in enumerate(inputs.items()):
         inputs[key] = (values, present & ~hidden[:, column])
+    inputs = state.model.prepare(inputs)
     loss = float(state.optimizer.step(closure(state.model, LOSSES[plan.schema.task], (inputs, targets))))
     state.average.update_parameters(state.model)
     state.step += 1

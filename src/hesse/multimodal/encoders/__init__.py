@@ -64,6 +64,14 @@ class Convnet(nn.Module):
         places = -(-side[0] // self.bins[0]) * -(-side[1] // self.bins[1])
         self.features = he_(nn.Linear(64 * places, FEATURES))
 
+    def prepare(self, data: Tensor) -> Tensor:
+        """Compact data as a standardised map. No parameter takes part, so once a batch is enough."""
+        return data
+
+    def forward(self, data: Tensor) -> Tensor:
+        """``data`` as decoded, or as prepared (floating). Returns ``[B, FEATURES]``."""
+        return self.convolve(data if data.is_floating_point() else self.prepare(data))
+
     def convolve(self, x: Tensor) -> Tensor:
         """``x``: a standardised map ``[B, channels, height, width]``. Returns ``[B, FEATURES]``."""
         for conv in (self.conv1, self.conv2, self.conv3):

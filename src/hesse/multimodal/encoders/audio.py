@@ -153,9 +153,9 @@ class Encoder(Convnet):
         self.std = settings["std"]
         self.register_buffer("mean", torch.tensor(settings["mean"]).view(-1, 1), persistent=False)
 
-    def forward(self, data: Tensor) -> Tensor:
-        picture = (self.mel(data).to(self.mean.dtype) - self.mean) / self.std
-        return self.convolve(picture.unsqueeze(1))
+    def prepare(self, data: Tensor) -> Tensor:
+        """The standardised log-mel picture, ``[B, 1, bands, columns]``."""
+        return ((self.mel(data).to(self.mean.dtype) - self.mean) / self.std).unsqueeze(1)
 
 
 def _read(path: Path) -> tuple[NDArray[np.float64], int]:

@@ -145,8 +145,9 @@ class Encoder(Convnet):
         for name in ("mean", "std"):  # not persistent: they are in the settings
             self.register_buffer(name, torch.tensor(settings[name]).view(-1, 1, 1), persistent=False)
 
-    def forward(self, data: Tensor) -> Tensor:
-        return self.convolve((data.to(self.mean.dtype) - self.mean) / self.std)
+    def prepare(self, data: Tensor) -> Tensor:
+        """The standardised pixels, of the same shape."""
+        return (data.to(self.mean.dtype) - self.mean) / self.std
 
 
 def _survey(path: Path) -> tuple[Image, tuple[int, int], float]:
