@@ -34,9 +34,7 @@ def make_run(
     random = np.random.default_rng(seed)
     write_run(folder, "kfac", task, classes, target, modalities, epochs, status, random)
     for name in compare:
-        write_run(
-            folder / "compare" / name, name, task, classes, target, modalities, epochs * 2, status, random
-        )
+        write_run(folder / "compare" / name, name, task, classes, target, modalities, epochs * 2, status, random)
     write_lines(folder / "steps.jsonl", steps(random, epochs * 8))
     write_lines(folder / "layers.jsonl", layer_rows(random, epochs * 8, layers or layer_names(modalities)))
     write_json(folder / "columns.json", {"columns": columns(modalities, target, task, len(classes))})
@@ -85,8 +83,7 @@ def write_run(
             "parameters": 123_456,
             "status": status,
             "notes": [
-                "The three modalities share only their class: a row's picture, word and sound have "
-                "different origins."
+                "The three modalities share only their class: a row's picture, word and sound have different origins."
             ],
         },
     )
@@ -203,9 +200,7 @@ def steps(random: np.random.Generator, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def columns(
-    modalities: tuple[tuple[str, str], ...], target: str, task: str, classes: int
-) -> list[dict[str, Any]]:
+def columns(modalities: tuple[tuple[str, str], ...], target: str, task: str, classes: int) -> list[dict[str, Any]]:
     examples = {
         "image": "media/0001.png",
         "audio": "media/0001.wav",

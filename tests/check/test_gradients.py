@@ -24,9 +24,7 @@ from hesse.finding import InputError
 class Loss(nn.Module):
     """``model(x)`` against fixed targets: a module whose output is the loss."""
 
-    def __init__(
-        self, body: nn.Module, loss: Callable[[Tensor], Tensor] = lambda y: y.square().mean()
-    ) -> None:
+    def __init__(self, body: nn.Module, loss: Callable[[Tensor], Tensor] = lambda y: y.square().mean()) -> None:
         super().__init__()
         self.body = body
         self.loss = loss
@@ -363,9 +361,7 @@ def test_closure_brings_its_own_inputs_and_its_loss_is_a_suspect() -> None:
 
 def test_two_faults_are_two_culprits() -> None:
     bad = faulty(lambda y, g: -g * (1 - y * y))
-    model = nn.Sequential(
-        nn.Linear(6, 24), bad(), nn.Linear(24, 24), faulty(lambda y, g: g)(), nn.Linear(24, 1)
-    )
+    model = nn.Sequential(nn.Linear(6, 24), bad(), nn.Linear(24, 24), faulty(lambda y, g: g)(), nn.Linear(24, 1))
     assert {c.where for c in gradients(model, torch.randn(8, 6)).culprits} == {"1", "3"}
 
 

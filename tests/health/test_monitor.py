@@ -132,9 +132,7 @@ HEALTHY: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("optimizer", [sgd, adamw], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("name", HEALTHY)
-def test_healthy_runs_are_left_in_peace(
-    name: str, optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-) -> None:
+def test_healthy_runs_are_left_in_peace(name: str, optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
     torch.manual_seed(0)
     model = HEALTHY[name]()
     w = train(model, optimizer(model), 200)
@@ -145,12 +143,8 @@ def test_healthy_runs_are_left_in_peace(
 def test_convergence_is_not_a_fault() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(32, 6), torch.randn(32, 6) @ torch.randn(6, 2)
-    model = nn.Sequential(
-        nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
-    ).double()
-    optimizer = torch.optim.LBFGS(
-        model.parameters(), max_iter=20, history_size=50, line_search_fn="strong_wolfe"
-    )
+    model = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)).double()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=20, history_size=50, line_search_fn="strong_wolfe")
     with hesse.watch(model) as w:
         for _ in range(60):
             w.step(loss=optimizer.step(hesse.closure(model, F.mse_loss, (x.double(), y.double()))))
@@ -241,9 +235,7 @@ def test_numbers_agree_with_the_plain_way() -> None:
                 numbers = record["layers"]["2"]
                 assert numbers["grad_norm"] == pytest.approx(grad.norm().item(), rel=1e-5)
                 assert numbers["weight_norm"] == pytest.approx(new.norm().item(), rel=1e-5)
-                assert numbers["update_ratio"] == pytest.approx(
-                    (new - old).norm().item() / old.norm().item(), rel=1e-3
-                )
+                assert numbers["update_ratio"] == pytest.approx((new - old).norm().item() / old.norm().item(), rel=1e-3)
     assert [r["step"] for r in w.records] == [1, 2, 3, 4, 5, 6, 9]
     assert list(w.records[0]["layers"]) == ["0", "2"]
 

@@ -157,10 +157,7 @@ def test_a_batch_is_transformed_row_by_row() -> None:
 def test_features_start_at_unit_scale(tmp_path: Path) -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    paths = [
-        save(tmp_path / f"{i}.wav", sine(200 * (i + 1), 8000) + 0.01 * rng.normal(size=4000))
-        for i in range(8)
-    ]
+    paths = [save(tmp_path / f"{i}.wav", sine(200 * (i + 1), 8000) + 0.01 * rng.normal(size=4000)) for i in range(8)]
     plan = audio.plan(paths)
     features = audio.Encoder(plan)(torch.from_numpy(np.stack([audio.decode(path, plan) for path in paths])))
     assert features.shape == (8, FEATURES)
@@ -186,9 +183,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     assert refused(save(path, np.zeros(0))) == "empty sound"
     for value in (np.nan, np.inf, -np.inf):
         assert refused(save(path, np.array([0.1, value, -value]), subtype="FLOAT")) == "undecodable sound"
-    path.rename(
-        tmp_path / "x.raw"
-    )  # by its content: the extension would ask libsndfile for a headerless file
+    path.rename(tmp_path / "x.raw")  # by its content: the extension would ask libsndfile for a headerless file
     assert refused(tmp_path / "x.raw") == "undecodable sound"
 
 

@@ -78,13 +78,9 @@ def test_numbers_with_a_few_words_are_refused() -> None:
     assert "--column age=category" in caught.value.finding.remedy
     with pytest.raises(InputError, match="row 17"):
         make_schema(table_of(age=values, x=WORDS), "age", root=Path())
-    with pytest.raises(
-        InputError, match=r"not a number at data frame, row 17, column 'age': The value 'unknown'"
-    ):
+    with pytest.raises(InputError, match=r"not a number at data frame, row 17, column 'age': The value 'unknown'"):
         make_schema(table_of(age=values, y=["a", "b"] * 30), "y", overrides={"age": "number"}, root=Path())
-    schema, _ = make_schema(
-        table_of(age=values, y=["a", "b"] * 30), "y", overrides={"age": "category"}, root=Path()
-    )
+    schema, _ = make_schema(table_of(age=values, y=["a", "b"] * 30), "y", overrides={"age": "category"}, root=Path())
     assert schema.columns[0].kind == "category"
 
 
@@ -146,9 +142,7 @@ def test_overrides_and_names_that_do_not_fit() -> None:
             make_schema(table, "y", overrides=overrides, root=Path())
     with pytest.raises(InputError, match=r"no such target.*Did you mean 'y'"):
         make_schema(table, "Y", root=Path())
-    with pytest.raises(
-        InputError, match=r"column 'a': The column holds list<.*> values, not texts or numbers"
-    ):
+    with pytest.raises(InputError, match=r"column 'a': The column holds list<.*> values, not texts or numbers"):
         make_schema(table_of(a=[[1]] * 10, y=["a", "b"] * 5), "y", overrides={"a": "text"}, root=Path())
 
 
@@ -307,8 +301,5 @@ def test_what_is_no_number_is_found(text: str) -> None:
 
 def test_labels_do_not_depend_on_the_file_format() -> None:
     expected = ["1", "true", "é", "007", "-3"]
-    assert (
-        labels(pa.array(["1.0", "TRUE", "e\u0301", "007", "-3.00"], pa.large_string())).to_pylist()
-        == expected
-    )
+    assert labels(pa.array(["1.0", "TRUE", "e\u0301", "007", "-3.00"], pa.large_string())).to_pylist() == expected
     assert labels(pa.array([1, None])).to_pylist() == labels(pa.array([1.0, None])).to_pylist() == ["1", None]

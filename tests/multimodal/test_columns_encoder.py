@@ -16,9 +16,7 @@ def make(numbers: int, categories: list[int]) -> columns.Encoder:
 @pytest.mark.parametrize(("numbers", "categories"), [(3, [4, 200]), (3, []), (0, [2])])
 def test_any_mixture(numbers: int, categories: list[int]) -> None:
     codes = (
-        torch.stack([torch.randint(0, c, (64,)) for c in categories], 1)
-        if categories
-        else torch.zeros(64, 0).long()
+        torch.stack([torch.randint(0, c, (64,)) for c in categories], 1) if categories else torch.zeros(64, 0).long()
     )
     features = make(numbers, categories)((torch.randn(64, numbers), codes))
     assert features.shape == (64, FEATURES)

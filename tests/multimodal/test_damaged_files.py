@@ -64,9 +64,7 @@ def damaged(draw: st.DrawFn, whole: Callable[[], bytes]) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(content)))
         stop = draw(st.integers(start, min(len(content), start + 8)))
-        content[start:stop] = draw(
-            st.binary(max_size=8) | st.sampled_from([b"", b'"', b",", b";", b"\n", b"\xff"])
-        )
+        content[start:stop] = draw(st.binary(max_size=8) | st.sampled_from([b"", b'"', b",", b";", b"\n", b"\xff"]))
     return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
 
 

@@ -30,9 +30,7 @@ def folder(tmp_path: Path) -> Path:
     lines = ["photo,sound,story,weight,size,species"]
     for i in range(N):
         dog = i % 2
-        Image.fromarray((random.random((8, 9)) * 100 + 150 * dog).astype(np.uint8)).save(
-            tmp_path / f"{i}.png"
-        )
+        Image.fromarray((random.random((8, 9)) * 100 + 150 * dog).astype(np.uint8)).save(tmp_path / f"{i}.png")
         wave = np.sin(np.arange(800) * (0.2 + 0.4 * dog) + i)
         soundfile.write(tmp_path / f"{i}.wav", wave, 8000)
         species, size, weight = ("cat", "dog")[dog], "SML"[i % 3], 4 + 16 * dog + random.normal()
@@ -182,9 +180,7 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
     (folder / "20.png").unlink()
     (folder / "20.wav").unlink()
     (folder / "30.wav").write_bytes(b"RIFF")
-    with pytest.raises(
-        InputError, match=r"2 of the other 39 rows cannot be read either.*--skip-bad-rows"
-    ) as caught:
+    with pytest.raises(InputError, match=r"2 of the other 39 rows cannot be read either.*--skip-bad-rows") as caught:
         load(folder)
     assert caught.value.finding.where == "pets.csv, row 17, column 'photo' (16.png)"
 

@@ -59,21 +59,17 @@ def test_white_of_deep_pictures_is_found_in_the_training_images(tmp_path: Path, 
     assert np.abs(image.decode(path, plan)[0] - expected).max() <= 1
 
 
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"]
-)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"])
 def test_every_mode_gives_every_number_of_channels(tmp_path: Path, mode: str) -> None:
     source = Image.new("L", (9, 7), 200) if mode.startswith("I;") else Image.new("RGB", (9, 7), "white")
-    path = save(
-        tmp_path / "x.tif", source.convert("P").convert(mode) if mode == "PA" else source.convert(mode)
-    )
+    path = save(tmp_path / "x.tif", source.convert("P").convert(mode) if mode == "PA" else source.convert(mode))
     for channels in (1, 3, 4):
         plan = {**GREY, "channels": channels, "white": 255.0, "mean": [0.0] * channels}
         data = image.decode(path, plan)
         assert (data.shape, data.dtype) == image.storage(plan)
-        assert data[:, 4, 4].tolist() == [200 if mode.startswith("I;") else 255] * min(channels, 3) + [
-            255
-        ] * (channels == 4)
+        assert data[:, 4, 4].tolist() == [200 if mode.startswith("I;") else 255] * min(channels, 3) + [255] * (
+            channels == 4
+        )
 
 
 def test_a_palette_is_looked_up(tmp_path: Path) -> None:
@@ -136,9 +132,7 @@ def test_aspect_is_kept_and_the_padding_is_the_mean(tmp_path: Path) -> None:
 
 
 def test_extreme_shapes(tmp_path: Path) -> None:
-    paths = [
-        save(tmp_path / f"{i}.png", noise(*size)) for i, size in enumerate([(1, 1), (1, 3000), (3000, 1)])
-    ]
+    paths = [save(tmp_path / f"{i}.png", noise(*size)) for i, size in enumerate([(1, 1), (1, 3000), (3000, 1)])]
     plan = image.plan(paths)
     for path in paths:
         assert image.decode(path, plan).shape == (1, plan["height"], plan["width"])
@@ -170,16 +164,11 @@ def header_only_png(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(99)))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
     )
 
 
-@pytest.mark.parametrize(
-    "side", [10_000, 13_000, 60_000]
-)  # within Pillow's limits, in its warning range, beyond
+@pytest.mark.parametrize("side", [10_000, 13_000, 60_000])  # within Pillow's limits, in its warning range, beyond
 def test_bombs_are_refused_by_their_header(tmp_path: Path, side: int) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(header_only_png(side, side))

@@ -47,9 +47,7 @@ def make_inputs(seed: int = 0) -> Inputs:
         "columns": (numbers, torch.randint(0, 4, (ROWS, 2), generator=g)),
     }
     rows = torch.arange(ROWS)
-    return {
-        key: (value, rows % 4 != i) for i, (key, value) in enumerate(data.items())
-    }  # each is absent somewhere
+    return {key: (value, rows % 4 != i) for i, (key, value) in enumerate(data.items())}  # each is absent somewhere
 
 
 def loss_and_gradients(model: FusedModel, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
@@ -66,9 +64,7 @@ def test_absent_data_influence_nothing() -> None:
         strange = other[key][0] if isinstance(other[key][0], tuple) else (other[key][0],)
         for part, replacement in zip(parts, strange, strict=True):
             part[~present] = (
-                torch.full_like(part, torch.nan)[~present]
-                if part.is_floating_point()
-                else replacement[~present]
+                torch.full_like(part, torch.nan)[~present] if part.is_floating_point() else replacement[~present]
             )
     assert inputs["columns"][0][0][3].isnan().all()
     outputs2, gradients2 = loss_and_gradients(model, inputs)
@@ -104,19 +100,14 @@ def test_forward_mode_agrees_with_a_finite_difference() -> None:
     model, inputs = make_model(torch.float64), make_inputs()
     params = {name: p.detach() for name, p in model.named_parameters()}
     g = torch.Generator().manual_seed(2)
-    v = {
-        name: torch.randn(p.shape, generator=g, dtype=p.dtype) / p.numel() ** 0.5
-        for name, p in params.items()
-    }
+    v = {name: torch.randn(p.shape, generator=g, dtype=p.dtype) / p.numel() ** 0.5 for name, p in params.items()}
 
     def outputs(params: dict[str, Tensor]) -> Tensor:
         return functional_call(model, params, (), inputs)
 
     _, tangent = jvp(outputs, (params,), (v,))
     h = 1e-7
-    ahead, behind = (
-        outputs({name: p + sign * h * v[name] for name, p in params.items()}) for sign in (1, -1)
-    )
+    ahead, behind = (outputs({name: p + sign * h * v[name] for name, p in params.items()}) for sign in (1, -1))
     assert tangent.dtype == torch.float64
     assert torch.allclose(tangent, (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-6)
 
@@ -126,10 +117,7 @@ def test_second_derivatives_agree_in_both_modes_and_with_a_finite_difference() -
     targets = torch.arange(ROWS) % 4
     params = {name: p.detach() for name, p in model.named_parameters()}
     g = torch.Generator().manual_seed(3)
-    v = {
-        name: torch.randn(p.shape, generator=g, dtype=p.dtype) / p.numel() ** 0.5
-        for name, p in params.items()
-    }
+    v = {name: torch.randn(p.shape, generator=g, dtype=p.dtype) / p.numel() ** 0.5 for name, p in params.items()}
 
     def loss(params: dict[str, Tensor]) -> Tensor:
         return nn.functional.cross_entropy(functional_call(model, params, (), inputs), targets)
@@ -143,9 +131,7 @@ def test_second_derivatives_agree_in_both_modes_and_with_a_finite_difference() -
     ahead, behind = (grad(loss)({n: p + s * h * v[n] for n, p in params.items()}) for s in (1, -1))
     for name in params:
         assert torch.allclose(forward[name], reverse[name], rtol=1e-8, atol=1e-10), name
-        assert torch.allclose(forward[name], (ahead[name] - behind[name]) / (2 * h), rtol=1e-4, atol=1e-6), (
-            name
-        )
+        assert torch.allclose(forward[name], (ahead[name] - behind[name]) / (2 * h), rtol=1e-4, atol=1e-6), name
 
 
 def test_layers_are_plain_and_their_names_readable() -> None:

@@ -83,9 +83,7 @@ def test_arrow_types_become_texts_and_numbers() -> None:
                 "view": pa.array(["a", None], pa.string_view()),
                 "runs": pa.RunEndEncodedArray.from_arrays([2], ["z"]),
                 "date": pa.array([datetime.date(2020, 1, 2), None]),
-                "instant": pa.array(
-                    [datetime.datetime(2020, 1, 2), None], pa.timestamp("s", "Europe/Berlin")
-                ),
+                "instant": pa.array([datetime.datetime(2020, 1, 2), None], pa.timestamp("s", "Europe/Berlin")),
                 "span": pa.array([datetime.timedelta(seconds=1), None], pa.duration("s")),
                 "nothing": pa.array([None, None]),
                 "list": pa.array([[1], None]),

@@ -39,9 +39,7 @@ FLAGS = (
 )
 # What plotly.js draws for a trace of each type.
 DRAWN = {"scatter": ".scatterlayer .trace", "bar": ".barlayer .trace", "heatmap": ".heatmaplayer .hm image"}
-LONG = (
-    "<b onmouseover=alert(1)>" + "a very long name of a class that somebody exported, 型の名前 🦊 مرحبا " * 3
-)
+LONG = "<b onmouseover=alert(1)>" + "a very long name of a class that somebody exported, 型の名前 🦊 مرحبا " * 3
 RUNS: dict[str, dict[str, Any]] = {
     "classification": {},
     "regression": {"task": "regression", "target": "price", "modalities": MODALITIES[:1], "compare": ()},

@@ -122,9 +122,7 @@ def test_sections_are_in_the_order_of_reading(page: Page) -> None:
         "data",
         "repeat",
     ]
-    targets = [
-        (a["href"] or "")[1:] for tag, a in page.elements if tag == "a" and (a["href"] or "").startswith("#")
-    ]
+    targets = [(a["href"] or "")[1:] for tag, a in page.elements if tag == "a" and (a["href"] or "").startswith("#")]
     ids = {a.get("id") for _, a in page.elements}
     assert set(targets) <= ids
     assert [t for t in targets if t in sections][-len(sections) :] == sections
@@ -183,9 +181,7 @@ def test_plotly_itself_accepts_every_figure(tmp_path: Path, task: str) -> None:
     for name, figure in page.figures.items():
         plain = json.loads(re.sub(r'"var\(--sans\)"', '"Arial"', json.dumps(figure)))
         plain = json.loads(re.sub(r'"var\(--[\w-]+\)"', '"#123456"', json.dumps(plain)))
-        go.Figure(
-            data=plain["data"], layout=plain["layout"]
-        )  # raises on an unknown key or an impossible value
+        go.Figure(data=plain["data"], layout=plain["layout"])  # raises on an unknown key or an impossible value
         for key in plain.get("narrow", {}):
             assert key in plain["layout"], f"{name} changes {key} on phones, which it does not have"
 
@@ -213,11 +209,7 @@ def test_names_are_text_everywhere(tmp_path: Path) -> None:
         epochs=3,
     )
     plain = Page(
-        build(
-            make_run(
-                tmp_path / "plain", classes=("a", "b", "c"), layers=("x.y.a", "x.y.b", "head.0"), epochs=3
-            )
-        )
+        build(make_run(tmp_path / "plain", classes=("a", "b", "c"), layers=("x.y.a", "x.y.b", "head.0"), epochs=3))
     )
     page = Page(build(run))
     assert not [attrs for _, attrs in page.elements if any(key.startswith("on") for key in attrs)]
@@ -228,9 +220,7 @@ def test_names_are_text_everywhere(tmp_path: Path) -> None:
     labels = page.figures["confusion"]["data"][0]["x"]
     assert len(set(labels)) == 3
     for figure in page.figures.values():
-        texts = json.dumps(
-            [{k: v for k, v in trace.items() if k != "hovertemplate"} for trace in figure["data"]]
-        )
+        texts = json.dumps([{k: v for k, v in trace.items() if k != "hovertemplate"} for trace in figure["data"]])
         assert "<b" not in texts, "plotly would read this as markup"
         for trace in figure["data"]:
             assert re.sub(r"</?(b|br|extra|sup)>", "", trace.get("hovertemplate", "")).count("<") == 0
@@ -285,9 +275,7 @@ def test_without_evaluation_the_best_validation_score_leads(run: Path, tmp_path:
 def test_numbers_that_training_lost_are_gaps(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "regression", epochs=3)
     record = read_json(folder / "evaluation.json")
-    write_json(
-        folder / "evaluation.json", record | {"value": None, "predicted": [None] * 180, "modalities": {}}
-    )
+    write_json(folder / "evaluation.json", record | {"value": None, "predicted": [None] * 180, "modalities": {}})
     for name in ("metrics.jsonl", "steps.jsonl", "layers.jsonl"):
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
         lost = re.sub(
@@ -317,9 +305,7 @@ def test_nothing_is_asked_of_the_network(run: Path, page: Page) -> None:
     for tag, attrs in page.elements:
         for key in ("src", "href", "srcset", "action", "data", "poster"):
             assert not re.match(r"(?!#|data:,)", attrs.get(key) or "#"), f"<{tag} {key}={attrs[key]}>"
-    policy = next(
-        a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"
-    )
+    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None
     assert policy.startswith("default-src 'none'")
     assert "http" not in policy

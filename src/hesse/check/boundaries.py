@@ -82,9 +82,7 @@ def judge(
             if any(slope.wrong for slope in slopes):
                 wrong[words] = slopes
         if wrong:
-            culprits.append(
-                Culprit(path, tuple(wrong), tuple(s for slopes in wrong.values() for s in slopes))
-            )
+            culprits.append(Culprit(path, tuple(wrong), tuple(s for slopes in wrong.values() for s in slopes)))
     return sorted(culprits, key=lambda c: -c.error)
 
 

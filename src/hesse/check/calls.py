@@ -212,9 +212,7 @@ def gradients_of(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [torch.zeros_like(t) for t in tensors]
     grads = torch.autograd.grad(loss, list(tensors), allow_unused=True)
     dense = [None if g is None else g.to_dense() if g.is_sparse else g for g in grads]
-    return [
-        torch.zeros_like(t) if g is None else g.detach().clone() for t, g in zip(tensors, dense, strict=True)
-    ]
+    return [torch.zeros_like(t) if g is None else g.detach().clone() for t, g in zip(tensors, dense, strict=True)]
 
 
 def _floating(outputs: Any) -> list[Tensor]:
@@ -241,8 +239,6 @@ def first_non_finite(calls: Sequence[Call]) -> Call | None:
 def first_difference(calls: Sequence[Call], again: Sequence[Call]) -> Call | None:
     """The innermost, earliest call whose outputs differ between two passes that should be the same."""
     for one, two in zip(calls, again, strict=False):
-        if one.path != two.path or any(
-            not torch.equal(a, b) for a, b in zip(one.outputs, two.outputs, strict=False)
-        ):
+        if one.path != two.path or any(not torch.equal(a, b) for a, b in zip(one.outputs, two.outputs, strict=False)):
             return one
     return None

@@ -139,9 +139,7 @@ class Probe:
         stretched = []
         for base, scale in zip(self.base, self.scales, strict=True):
             zero = not bool(base.any())
-            stretched.append(
-                scale * self._signs(base.shape).to(base) if zero else self._signs(()).to(base) * base
-            )
+            stretched.append(scale * self._signs(base.shape).to(base) if zero else self._signs(()).to(base) * base)
         return stretched
 
     def _signs(self, shape: Sequence[int]) -> Tensor:
@@ -220,9 +218,7 @@ class Probe:
         for _ in range(3):
             with torch.no_grad():
                 signs = self.random_direction()
-                for tensor, base, sign, scale in zip(
-                    self.tensors, self.base, signs, self.scales, strict=True
-                ):
+                for tensor, base, sign, scale in zip(self.tensors, self.base, signs, self.scales, strict=True):
                     tensor.copy_(base + self.eps * sign.sign() * base.abs().clamp_min(scale))
             change = self.evaluate() - self.centre
             worst = torch.maximum(worst, change.abs())

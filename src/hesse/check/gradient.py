@@ -168,9 +168,7 @@ def _check(subject: Subject) -> GradientReport:
     return report
 
 
-def _second_look(
-    subject: Subject, report: GradientReport, slopes: list[Slope], grads: list[Tensor]
-) -> list[Finding]:
+def _second_look(subject: Subject, report: GradientReport, slopes: list[Slope], grads: list[Tensor]) -> list[Finding]:
     """Findings at a point beside the given one: a kink sits at a point, a fault is everywhere."""
     seen = [s.error for s in report.slopes if s.wrong]
     wrong = [s for s in slopes if s.wrong]
@@ -184,9 +182,7 @@ def _second_look(
             message = "The gradient of the whole differs from differences of the loss, but every part agrees."
             return [_wrong(subject.name, message, max(s.error for s in wrong))]
     if seen:
-        message = (
-            "The point lies near kinks (ReLU, abs, max at a tie); beside it, or part by part, all is right."
-        )
+        message = "The point lies near kinks (ReLU, abs, max at a tie); beside it, or part by part, all is right."
         return [Finding("kink", subject.name, message, severity="info", value=max(seen))]
     return []
 
@@ -265,9 +261,7 @@ def _non_finite(subject: Subject, message: str) -> Finding:
     if call is not None:
         message += f" NaN or infinity first arises in {call.path or subject.name}."
     remedy = "Look for log or division at zero, overflow of exp, a square root at zero, or NaN in the inputs."
-    return Finding(
-        "non-finite", call.path if call and call.path else subject.name, message, remedy, severity="error"
-    )
+    return Finding("non-finite", call.path if call and call.path else subject.name, message, remedy, severity="error")
 
 
 def _not_deterministic(subject: Subject, one: float, two: float) -> Finding:
@@ -275,8 +269,6 @@ def _not_deterministic(subject: Subject, one: float, two: float) -> Finding:
     if subject.model is not None:
         call = first_difference(subject.record()[0].calls, subject.record()[0].calls)
     where = call.path if call and call.path else subject.name
-    message = (
-        f"Two evaluations at the same point give {one:.6g} and {two:.6g}: the gradient cannot be checked."
-    )
+    message = f"Two evaluations at the same point give {one:.6g} and {two:.6g}: the gradient cannot be checked."
     remedy = "Draw random numbers from torch's generators only, and keep no state but buffers between calls."
     return Finding("non-deterministic", where, message, remedy, severity="error", value=abs(one - two))

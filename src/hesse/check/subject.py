@@ -146,9 +146,7 @@ class Subject:
             kwargs = dict(inputs)
         elif inputs is not None:
             args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-        floating = [
-            x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()
-        ]
+        floating = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()]
         every = self.model is None and not any(x.requires_grad for x in floating)
 
         def take(name: str, x: Any) -> Any:
@@ -168,9 +166,7 @@ class Subject:
         outputs = loss_fn(outputs) if loss_fn else outputs
         floating = [y for y in pytree.tree_leaves(outputs) if isinstance(y, Tensor) and y.is_floating_point()]
         if not floating:
-            raise InputError(
-                "nothing to check", self.name, "The output holds no floating tensor.", "Return the loss."
-            )
+            raise InputError("nothing to check", self.name, "The output holds no floating tensor.", "Return the loss.")
         if len(floating) == 1 and floating[0].numel() == 1:
             return floating[0].reshape(())
         flat = torch.cat([y.flatten() for y in floating])

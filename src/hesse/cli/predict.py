@@ -34,9 +34,7 @@ def predict(
         from hesse.training import Run
         from hesse.training.predictions import write_predictions
 
-        predictions = Run(run).predict(
-            table, data_root=data_root, delimiter=delimiter, skip_bad_rows=skip_bad_rows
-        )
+        predictions = Run(run).predict(table, data_root=data_root, delimiter=delimiter, skip_bad_rows=skip_bad_rows)
         write_predictions(predictions, out)
         empty = predictions.column(0).null_count
         if out is not None:

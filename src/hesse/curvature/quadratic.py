@@ -110,7 +110,9 @@ def _jvp_by_backward(objective: Objective, direction: tree.Params) -> Tensor:
         u = torch.zeros_like(outputs, requires_grad=True)
         wanted = [params[name] for name in direction]
         rows = torch.autograd.grad(outputs, wanted, u, create_graph=True, allow_unused=True)
-        pairs = [(row, v) for row, v in zip(rows, direction.values(), strict=True) if row is not None and row.requires_grad]
+        pairs = [
+            (row, v) for row, v in zip(rows, direction.values(), strict=True) if row is not None and row.requires_grad
+        ]
         if not pairs:
             return torch.zeros_like(outputs)
         (tangent,) = torch.autograd.grad([r for r, _ in pairs], u, [v for _, v in pairs], allow_unused=True)

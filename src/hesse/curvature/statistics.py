@@ -120,7 +120,8 @@ def _combine(block: Block, parts: list[Any], weight: float) -> dict[str, dict[st
     """Add up the calls of one layer. A is a mean over rows and G a sum, so that A (x) G is a sum over rows."""
     if isinstance(parts[0], Diagonal):
         return {
-            block.names[own]: {"diagonal": weight * sum(part.squares[own] for part in parts)} for own in parts[0].squares
+            block.names[own]: {"diagonal": weight * sum(part.squares[own] for part in parts)}
+            for own in parts[0].squares
         }
     rows = sum(part.rows for part in parts)
     return {

@@ -55,9 +55,7 @@ def write(folder: Path, *, rows: int = 1797, seed: int = 0) -> Path:
     if not 1 <= rows <= len(scans):
         message = f"The number of rows must be 1 to {len(scans)}, one for each written digit; got {rows}."
         raise InputError("rows out of range", "hesse.demo.write", message, "Ask for fewer rows.", rows)
-    choose, of_image, of_sound, of_word = (
-        np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4)
-    )
+    choose, of_image, of_sound, of_word = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4))
     chosen = _balanced(shown, rows, choose)
     digits = shown[chosen]
 
@@ -71,9 +69,7 @@ def write(folder: Path, *, rows: int = 1797, seed: int = 0) -> Path:
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["image", "sound", "word", "digit"])
-    for i, (picture, sound, text, digit) in enumerate(
-        zip(pictures, sounds, texts, digits, strict=True), start=1
-    ):
+    for i, (picture, sound, text, digit) in enumerate(zip(pictures, sounds, texts, digits, strict=True), start=1):
         image_path, sound_path = f"images/{i:04d}.png", f"sounds/{i:04d}.wav"
         Image.fromarray(picture).save(folder / image_path)
         _write_wav(folder / sound_path, sound)
@@ -95,9 +91,7 @@ def _write_wav(path: Path, samples: npt.NDArray[np.int16]) -> None:
 def _balanced(classes: npt.NDArray[np.int64], count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """``count`` places of ``classes`` [N] in random order, the classes as evenly as there are members."""
     order = rng.permutation(len(classes))
-    turn = np.empty(
-        len(classes), np.int64
-    )  # 0 for the first member of each class in this order, 1 for the second
+    turn = np.empty(len(classes), np.int64)  # 0 for the first member of each class in this order, 1 for the second
     for c in np.unique(classes):
         member = classes[order] == c
         turn[member] = np.arange(member.sum())

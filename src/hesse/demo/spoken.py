@@ -136,9 +136,7 @@ def say(digits: Integers, rng: np.random.Generator) -> tuple[Floats, Integers]:
     return waves, samples
 
 
-def utter(
-    words: Sequence[Sequence[str]], voices: Voices, rng: np.random.Generator
-) -> tuple[Floats, Integers]:
+def utter(words: Sequence[Sequence[str]], voices: Voices, rng: np.random.Generator) -> tuple[Floats, Integers]:
     """Synthesise N words, each a list of names in :data:`PHONEMES`; returns as :func:`say`."""
     targets, edges = _plan(words, voices.tempo, rng)
     seconds = edges[:, -1] + rng.uniform(0.03, 0.08, len(words))

@@ -64,9 +64,7 @@ class Monitor:
     count of steps.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, every: int = 10
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, every: int = 10) -> None:
         if every < 1:
             raise ValueError(f"every counts steps between samples and must be at least 1; got {every}.")
         self.model = model

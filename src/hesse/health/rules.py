@@ -38,8 +38,7 @@ def vanishing(stats: Stats) -> list[Finding]:
     starved = [
         path
         for path in shares[-1]
-        if all(0 < share.get(path, 1.0) < limit for share in shares)
-        and shares[-1][path] < 10 * shares[0][path]
+        if all(0 < share.get(path, 1.0) < limit for share in shares) and shares[-1][path] < 10 * shares[0][path]
     ]
     if not starved:
         return []
@@ -135,9 +134,7 @@ def non_finite(stats: Stats) -> list[Finding]:
     where, words, value = places[0]
     layers = [path for path, _, _ in places if path != "loss"]
     spread = (
-        f" It reached {len(set(layers))} of {len(now['layers'])} layers."
-        if layers
-        else " The layers are still finite."
+        f" It reached {len(set(layers))} of {len(now['layers'])} layers." if layers else " The layers are still finite."
     )
     return [
         Finding(

@@ -11,9 +11,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 if find_spec("pyarrow") is None:
-    raise ImportError(
-        "Reading tables needs pyarrow. Install it with: pip install 'hesse[train]'", name="pyarrow"
-    )
+    raise ImportError("Reading tables needs pyarrow. Install it with: pip install 'hesse[train]'", name="pyarrow")
 
 from hesse.multimodal.columns import Column
 from hesse.multimodal.dataset import Dataset, encode

@@ -194,9 +194,7 @@ def _names_rows(name: str, facts: _Facts) -> bool:
     """All different, one word each, and called an identifier or written with a digit in every one."""
     if facts.unique < len(facts.values) or facts.unique < 10:
         return False
-    word = pc.match_substring_regex(
-        facts.distinct, r"^\S{1,40}$" if _is_id(name) else r"^\S{0,39}\d\S{0,39}$"
-    )
+    word = pc.match_substring_regex(facts.distinct, r"^\S{1,40}$" if _is_id(name) else r"^\S{0,39}\d\S{0,39}$")
     return bool(pc.all(word).as_py()) and pc.max(pc.utf8_length(facts.distinct)).as_py() <= 40
 
 

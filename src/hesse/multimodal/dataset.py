@@ -154,10 +154,7 @@ def encode(
         keep = np.setdiff1d(np.arange(len(rows)), list(bad))
         rows = rows[keep]
         targets = None if targets is None else targets[keep]
-        arrays = {
-            key: (tuple(_keep(part, keep) for part in data), here[keep])
-            for key, (data, here) in arrays.items()
-        }
+        arrays = {key: (tuple(_keep(part, keep) for part in data), here[keep]) for key, (data, here) in arrays.items()}
     inputs = {
         key: (
             tuple(map(torch.from_numpy, data)) if key == "columns" else torch.from_numpy(data[0]),
@@ -165,9 +162,7 @@ def encode(
         )
         for key, (data, here) in arrays.items()
     }
-    return Dataset(
-        inputs, None if targets is None else torch.from_numpy(targets), torch.from_numpy(rows), findings
-    )
+    return Dataset(inputs, None if targets is None else torch.from_numpy(targets), torch.from_numpy(rows), findings)
 
 
 def _require_columns(schema: Schema, table: Table, with_target: bool) -> None:
@@ -261,9 +256,7 @@ def _bad_rows(bad: dict[int, InputError], rows: int, table: Table, skip: bool) -
     if not skip or len(bad) == rows:
         rest = f" {len(others)} of the other {rows - 1} rows cannot be read either." if others else ""
         remedy = "" if len(bad) == rows else " Or leave out rows that cannot be read with --skip-bad-rows."
-        raise InputError(
-            f.kind, f.where, f"{f.message}{rest}", f"{f.remedy}{remedy}".strip(), f.value
-        ) from first
+        raise InputError(f.kind, f.where, f"{f.message}{rest}", f"{f.remedy}{remedy}".strip(), f.value) from first
     count = Finding(
         "skipped rows",
         table.name,

@@ -111,9 +111,7 @@ def find_delimiter(sample: str, default: str) -> str | None:
     return (even or [d for d in found if d == default] or found or [default])[0]
 
 
-def _read(
-    path: Path, delimiter: str, columns: int, on_ragged: Callable[[Any], str], *, threads: bool
-) -> pa.Table:
+def _read(path: Path, delimiter: str, columns: int, on_ragged: Callable[[Any], str], *, threads: bool) -> pa.Table:
     read = csv.ReadOptions(autogenerate_column_names=True, block_size=_BLOCK, use_threads=threads)
     parse = csv.ParseOptions(
         delimiter=delimiter,

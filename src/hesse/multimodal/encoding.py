@@ -78,6 +78,4 @@ def _looks_like_utf16(block: bytes) -> bool:
 
 
 def _remedy(encoding: str, name: str) -> str:
-    return (
-        f"Convert it: iconv -f {encoding} -t UTF-8 '{name}' > 'utf8-{name}', or save it again as 'CSV UTF-8'."
-    )
+    return f"Convert it: iconv -f {encoding} -t UTF-8 '{name}' > 'utf8-{name}', or save it again as 'CSV UTF-8'."

@@ -47,9 +47,7 @@ def find_file(root: Path, cell: str) -> Path:
         path outside the data folder
     """
     if "\0" in cell:
-        raise InputError(
-            "missing file", short(cell), "A path cannot contain a NUL character.", "Correct the path."
-        )
+        raise InputError("missing file", short(cell), "A path cannot contain a NUL character.", "Correct the path.")
     top = os.path.realpath(root)
     spellings = dict.fromkeys((cell, unicodedata.normalize("NFC", cell), unicodedata.normalize("NFD", cell)))
     # Not Path.resolve, which raises for circular links and names that are too long.
@@ -90,9 +88,7 @@ def find_files(
 def at_cell(error: InputError, table: Table, column: str, row: int, cell: str) -> InputError:
     """The same error, told by the place in the table."""
     f = error.finding
-    return InputError(
-        f.kind, f"{table.where(column, row)} ({short(cell, 200)})", f.message, f.remedy, f.value
-    )
+    return InputError(f.kind, f"{table.where(column, row)} ({short(cell, 200)})", f.message, f.remedy, f.value)
 
 
 def decode_files(

@@ -82,9 +82,7 @@ class FusedModel(nn.Module):
         present = {key: here for key, (_, here) in inputs.items()}
         # Absent data are blanked before the encoder: masking its output alone would leave 0 x NaN in the
         # gradients.
-        features = {
-            key: encoder(_blank(inputs[key][0], present[key])) for key, encoder in self.encoders.items()
-        }
+        features = {key: encoder(_blank(inputs[key][0], present[key])) for key, encoder in self.encoders.items()}
         output: Tensor = self.head(self.fusion(features, present))
         return output
 

@@ -110,9 +110,7 @@ class Schema:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Schema:
         columns = tuple(Column(**column) for column in value["columns"])
-        return cls(
-            columns, value["target"], value["task"], tuple(value["classes"]), value["mean"], value["scale"]
-        )
+        return cls(columns, value["target"], value["task"], tuple(value["classes"]), value["mean"], value["scale"])
 
 
 def make_schema(
@@ -164,9 +162,7 @@ def make_schema(
             "Choose another one.",
         )
     if len(table) == 1:
-        raise InputError(
-            "one row", table.name, "The table has one row.", "Training needs many; ten at the least."
-        )
+        raise InputError("one row", table.name, "The table has one row.", "Training needs many; ten at the least.")
 
     found = find_target(table, target, overrides.pop(target, None))
     if split_column is None:
@@ -186,17 +182,11 @@ def make_schema(
         if name == target:
             columns.append(found.column)
         elif name == split_column:
-            columns.append(
-                replace(describe(table, name, root, "ignore"), role="split", reason="says which rows train")
-            )
+            columns.append(replace(describe(table, name, root, "ignore"), role="split", reason="says which rows train"))
         else:
-            columns.append(
-                _fit(table, describe(table, name, root, overrides.get(name)), parts["train"], root)
-            )
+            columns.append(_fit(table, describe(table, name, root, overrides.get(name)), parts["train"], root))
     if not any(column.role == "input" for column in columns):
-        raise InputError(
-            "no inputs", table.name, _why_none(columns), "Check the delimiter, or use --column NAME=KIND."
-        )
+        raise InputError("no inputs", table.name, _why_none(columns), "Check the delimiter, or use --column NAME=KIND.")
     return _schema(columns, found, parts["train"]), parts
 
 
@@ -216,9 +206,7 @@ def _known(table: Table, name: str, what: str) -> str:
 def _why_none(columns: list[Column]) -> str:
     left_out = [f"{column.name} ({column.reason})" for column in columns if column.role == "ignored"]
     return (
-        f"No column is left to predict from: {'; '.join(left_out)}."
-        if left_out
-        else "The target is the only column."
+        f"No column is left to predict from: {'; '.join(left_out)}." if left_out else "The target is the only column."
     )
 
 

@@ -52,9 +52,7 @@ def stratified_split(strata: NDArray[np.int64], rows: NDArray[np.int64], seed: i
     }
 
 
-def prescribed_split(
-    table: Table, column: str, strata: NDArray[np.int64], rows: NDArray[np.int64], seed: int
-) -> Parts:
+def prescribed_split(table: Table, column: str, strata: NDArray[np.int64], rows: NDArray[np.int64], seed: int) -> Parts:
     """Split by the values of a column; if no row says "valid", a tenth of "train" is set aside for it.
 
     Args:
@@ -85,9 +83,7 @@ def prescribed_split(
     part_of = np.array(names, dtype=object)
     parts = {name: rows[part_of == name] for name in ("train", "valid", "test")}
     if not len(parts["train"]):
-        raise InputError(
-            "unknown split", table.where(column), "No row says train.", "Mark the rows to train on."
-        )
+        raise InputError("unknown split", table.where(column), "No row says train.", "Mark the rows to train on.")
     if not len(parts["valid"]):
         first, rest = _shuffled(strata[part_of == "train"], parts["train"], seed)
         parts["train"] = np.sort(np.concatenate([first, rest[np.arange(len(rest)) % 10 != 0]]))

@@ -200,9 +200,7 @@ def _take_frame(frame: object, name: str) -> tuple[list[str], pa.Table]:
             "Rename the columns." if duplicate else "Make the column text throughout, or numbers throughout.",
         ) from error
     # pandas keeps a row index as a column; it identifies rows and says nothing about them.
-    data = data.select(
-        [i for i, n in enumerate(data.column_names) if not re.fullmatch(r"__index_level_\d+__", n)]
-    )
+    data = data.select([i for i, n in enumerate(data.column_names) if not re.fullmatch(r"__index_level_\d+__", n)])
     return data.column_names, data
 
 
@@ -210,9 +208,7 @@ def _check_names(names: list[str], table: str) -> list[str]:
     """Names in Unicode's composed form without blanks around them; none empty, none twice."""
     names = [unicodedata.normalize("NFC", name).strip() for name in names]
     if not names:
-        raise InputError(
-            "empty table", table, "The table has no columns.", "Check that it was written completely."
-        )
+        raise InputError("empty table", table, "The table has no columns.", "Check that it was written completely.")
     for position, name in enumerate(names):
         if not name:
             raise InputError(

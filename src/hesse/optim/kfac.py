@@ -271,7 +271,9 @@ class KFAC(Base):
                 f"{type(closure).__name__}. A plain closure hides what the curvature needs."
             )
         if closure.model is not self.model:
-            raise ValueError("The closure is of another model than the one given to KFAC. Build both from the same object.")
+            raise ValueError(
+                "The closure is of another model than the one given to KFAC. Build both from the same object."
+            )
         return closure.objective
 
     def _without_closure(self) -> None:

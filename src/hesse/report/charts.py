@@ -86,8 +86,7 @@ def score(curves: Sequence[Curve], name: str, against: str) -> Chart | None:
         )
     what = "accuracy" if name == "accuracy" else "R²"
     ends = "; ".join(
-        f"{c.label} ends at {_value(name, c.rows[-1]['valid_score'])} in epoch {c.rows[-1]['epoch']}"
-        for c in curves
+        f"{c.label} ends at {_value(name, c.rows[-1]['valid_score'])} in epoch {c.rows[-1]['epoch']}" for c in curves
     )
     return Chart(
         f"score-{against}",
@@ -254,8 +253,7 @@ def residuals(actual: Sequence[float], predicted: Sequence[float]) -> Chart:
                     "width": np.diff(edges).tolist(),
                     "customdata": np.stack([edges[:-1], edges[1:]], axis=1).tolist(),
                     "marker": {"color": SERIES[0], "line": {"color": "var(--page)", "width": 1}},
-                    "hovertemplate": "%{y} rows between %{customdata[0]:.3g} "
-                    "and %{customdata[1]:.3g}<extra></extra>",
+                    "hovertemplate": "%{y} rows between %{customdata[0]:.3g} and %{customdata[1]:.3g}<extra></extra>",
                 }
             ],
             "layout": layout(

@@ -154,9 +154,7 @@ def updates(rows: Sequence[Row]) -> Chart | None:
     parts = list(dict.fromkeys(group(name) for name in names))
     for i, (part, title) in enumerate(zip(parts, labels(parts), strict=True)):
         members = [name for name in names if group(name) == part]
-        ratio = np.array(
-            [[row["layers"].get(name, {}).get("update_ratio") for row in rows] for name in members], float
-        )
+        ratio = np.array([[row["layers"].get(name, {}).get("update_ratio") for row in rows] for name in members], float)
         ratio[~(ratio > 0)] = np.nan  # neither zero nor no number has a place on a log axis
         if np.isnan(ratio).all():
             continue

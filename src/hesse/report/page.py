@@ -23,9 +23,7 @@ try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 except ImportError as error:
-    raise ImportError(
-        f"The report needs {error.name}: pip install 'hesse[train]'", name=error.name
-    ) from error
+    raise ImportError(f"The report needs {error.name}: pip install 'hesse[train]'", name=error.name) from error
 
 __all__ = ["build"]
 
@@ -138,8 +136,7 @@ def _sections(run: Records) -> Iterator[Section]:
         "loss well, and rises when it does not; the trust ratio is the decrease found over the decrease "
         "foretold, 1 where they agree. A cross is a step that was taken back.",
         _drawn(layers.steps(run.steps)),
-        f"{run.label} recorded no damping, step size or momentum: steps.jsonl is missing, empty or holds "
-        "losses alone.",
+        f"{run.label} recorded no damping, step size or momentum: steps.jsonl is missing, empty or holds losses alone.",
     )
 
 

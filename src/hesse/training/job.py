@@ -196,9 +196,7 @@ def _beside(
 ) -> None:
     """Train another optimiser from the same start for the same wall time, into ``compare/NAME``."""
     other = {**config, "optimizer": name, "lr": None, "epochs": None, "seconds": seconds, "compare": []}
-    timed = Plan(
-        plan.schema, plan.data, plan.positions, plan.batch_size, plan.seed, None, seconds, patience=None
-    )
+    timed = Plan(plan.schema, plan.data, plan.positions, plan.batch_size, plan.seed, None, seconds, patience=None)
     state = _started(other, timed, None)
     place = folder / "compare" / name
     place.mkdir(parents=True, exist_ok=True)

@@ -36,13 +36,19 @@ def make_optimizer(name: str, model: nn.Module, lr: float | None = None) -> torc
     """
     if name not in OPTIMIZERS:
         raise InputError(
-            "no such optimizer", "optimizer", f"There is no optimizer {name!r}.", f"Choose from {', '.join(OPTIMIZERS)}."
+            "no such optimizer",
+            "optimizer",
+            f"There is no optimizer {name!r}.",
+            f"Choose from {', '.join(OPTIMIZERS)}.",
         )
     if lr is None:
         return OPTIMIZERS[name](model)
     if name in SELF_TUNING:
         raise InputError(
-            "unused learning rate", "lr", f"{name} finds its own learning rate at every step; got {lr}.", "Leave out lr."
+            "unused learning rate",
+            "lr",
+            f"{name} finds its own learning rate at every step; got {lr}.",
+            "Leave out lr.",
         )
     if not lr > 0:
         raise InputError("bad learning rate", "lr", f"A learning rate must be positive; got {lr}.", "Try 0.001.")

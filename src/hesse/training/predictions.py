@@ -27,7 +27,10 @@ def write_predictions(predictions: pa.Table, path: Path | None) -> None:
     ending = path.suffix.lower()
     if ending not in (".csv", ".jsonl", ".ndjson", ".parquet"):
         raise InputError(
-            "unknown format", str(path), f"Predictions cannot be written as {ending!r}.", "Use .csv, .jsonl or .parquet."
+            "unknown format",
+            str(path),
+            f"Predictions cannot be written as {ending!r}.",
+            "Use .csv, .jsonl or .parquet.",
         )
     if ending in (".jsonl", ".ndjson"):
         write_lines(path, predictions.to_pylist())

@@ -133,9 +133,7 @@ class Run:
 
         source = read_table(table, delimiter=delimiter)
         root = Path(data_root) if data_root is not None else source.folder or Path.cwd()
-        data = encode(
-            self.schema, source, root=root, skip_bad_rows=skip_bad_rows, with_target=False, progress=progress
-        )
+        data = encode(self.schema, source, root=root, skip_bad_rows=skip_bad_rows, with_target=False, progress=progress)
         out = outputs(self.model().eval(), data, torch.arange(len(data)))
         rows = data.rows.tolist()
 

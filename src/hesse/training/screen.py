@@ -41,12 +41,22 @@ class Screen:
         for heading in ("column", "kind", "role", "why", "missing", "unique", "example"):
             table.add_column(heading, justify="right" if heading in ("missing", "unique") else "left", overflow="fold")
         for row in schema.rows():
-            cells = (row["name"], row["kind"], row["role"], row["reason"], row["missing"], row["unique"], row["example"])
+            cells = (
+                row["name"],
+                row["kind"],
+                row["role"],
+                row["reason"],
+                row["missing"],
+                row["unique"],
+                row["example"],
+            )
             table.add_row(*(escape(str(cell)) for cell in cells), style="dim" if row["role"] == "ignored" else "")
         self.console.print(table)
 
     def decoding(self, total_label: str) -> Decoding:
-        return Decoding(self._progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()), total_label)
+        return Decoding(
+            self._progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()), total_label
+        )
 
     def gradient_check(self, report: GradientReport) -> None:
         if report.ok:
@@ -67,7 +77,9 @@ class Screen:
         """The summary at the end."""
         table = Table(box=None, pad_edge=False, show_header=False)
         score, value, baseline = evaluation["score"], evaluation["value"], evaluation["baseline"]
-        table.add_row(f"{evaluation['part']} {score}", f"{value:.4f}  (baseline {baseline:.4f}, {evaluation['n']} rows)")
+        table.add_row(
+            f"{evaluation['part']} {score}", f"{value:.4f}  (baseline {baseline:.4f}, {evaluation['n']} rows)"
+        )
         for key, parts in evaluation["modalities"].items():
             table.add_row(escape(f"  {key}"), f"alone {parts['alone']:.4f}, without it {parts['without']:.4f}")
         table.add_row("best epoch", f"{state.best_epoch} of {state.epoch}")

@@ -119,13 +119,9 @@ def check_file(path: Path) -> None:
     """
     try:
         if not path.exists():
-            raise InputError(
-                "missing file", str(path), "There is no such file.", "Correct the path in the table."
-            )
+            raise InputError("missing file", str(path), "There is no such file.", "Correct the path in the table.")
         if not path.is_file():
-            raise InputError(
-                "not a file", str(path), "This is a folder or a device.", "Give the path of a file."
-            )
+            raise InputError("not a file", str(path), "This is a folder or a device.", "Give the path of a file.")
         size = path.stat().st_size
         with path.open("rb"):
             pass
@@ -135,9 +131,7 @@ def check_file(path: Path) -> None:
         remedy = "Check the path and the permissions."
         raise InputError("unreadable file", str(path), f"It cannot be opened: {error}.", remedy) from error
     if size == 0:
-        raise InputError(
-            "empty file", str(path), "The file has no bytes.", "Copy it again, or remove the row.", 0
-        )
+        raise InputError("empty file", str(path), "The file has no bytes.", "Copy it again, or remove the row.", 0)
 
 
 def read_sample(values: Sequence[V], read: Callable[[V], T], limit: int) -> list[T]:
@@ -149,9 +143,7 @@ def read_sample(values: Sequence[V], read: Callable[[V], T], limit: int) -> list
         InputError: none could be read (the first one's error), or there are no values.
     """
     if not values:
-        raise InputError(
-            "no values", "", "There is no training value to look at.", "Check the column and the split."
-        )
+        raise InputError("no values", "", "There is no training value to look at.", "Check the column and the split.")
     results, first = [], None
     for i in np.unique(np.linspace(0, len(values) - 1, limit).round().astype(int)):
         try:

@@ -115,9 +115,7 @@ class LogMel(nn.Module):
         width = max(round(WINDOW * rate), math.ceil(1.25 * self.hop), 64)
         self.size = 2 ** math.ceil(math.log2(width))
         window = torch.hann_window(width)
-        self.register_buffer(
-            "window", window / (window.sum() / 2), persistent=False
-        )  # a sine at full level: 1
+        self.register_buffer("window", window / (window.sum() / 2), persistent=False)  # a sine at full level: 1
         self.register_buffer("filters", _mel_filters(rate, self.size), persistent=False)
         self.bands, self.columns = len(self.filters), 1 + samples // self.hop
 
@@ -180,9 +178,7 @@ def _read(path: Path) -> tuple[NDArray[np.float64], int]:
     if not 0 < rate <= FASTEST:
         raise _undecodable(path, f"Its header says {rate} samples a second.")
     if not blocks:
-        raise InputError(
-            "empty sound", str(path), "It has no samples.", "Record it again, or remove the row.", 0
-        )
+        raise InputError("empty sound", str(path), "It has no samples.", "Record it again, or remove the row.", 0)
     return np.concatenate(blocks), rate
 
 

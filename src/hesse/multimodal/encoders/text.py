@@ -105,9 +105,7 @@ class Encoder(nn.Module):
         self.conv1 = he_(nn.Conv2d(WIDTH, 64, (1, 3), padding=(0, 1)))
         self.conv2 = he_(nn.Conv2d(64, 64, (1, 3), padding=(0, 1)))
         self.features = he_(nn.Linear(2 * 64, FEATURES))
-        with (
-            torch.no_grad()
-        ):  # a maximum over positions is about twice as large as what stands at one of them
+        with torch.no_grad():  # a maximum over positions is about twice as large as what stands at one of them
             self.features.weight[:, 64:] /= 2
 
     def forward(self, data: Tensor) -> Tensor:
