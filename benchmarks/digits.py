@@ -1,8 +1,8 @@
 """Written and spoken digits, degraded, paired by class: the two-modality task of the benchmarks.
 
 Pictures keep the leading 25 % of their variance (principal components of the training pictures), speech is mixed with
-babble of four other recordings of its split at -6 dB: neither modality suffices alone (as in AV-MNIST; Vielzeuf et al., 2018).
-A row's picture and recording share their class and nothing else; they are not recordings of one event.
+babble of four other recordings of its split at -6 dB: neither modality suffices alone (as in AV-MNIST; Vielzeuf et
+al., 2018). A row's picture and recording share their class and nothing else; they are not recordings of one event.
 Rows: 7000 for training, 1000 for validation, 2000 for test; no picture and no recording is in two splits.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def _fsdd(samples: int = 8000) -> tuple[np.ndarray, np.ndarray]:
     with np.load(DATA / "fsdd" / "fsdd.npz") as archive:
         flat, offsets, labels = archive["waves"], archive["offsets"], archive["label"]
     waves = np.zeros((len(labels), samples), np.float32)
-    for row, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for row, (start, stop) in enumerate(pairwise(offsets)):
         wave = flat[start:stop][:samples].astype(np.float32)
         wave /= np.sqrt(np.mean(wave**2)) + 1e-9
         begin = (samples - len(wave)) // 2

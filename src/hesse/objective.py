@@ -104,7 +104,7 @@ class Closure:
         return self.objective.loss_fn
 
     def __call__(self) -> Tensor:
-        """Zero the gradients, run forward and backward, return the loss (detached from nothing: a scalar with its graph freed)."""
+        """Zero the gradients, run forward and backward, return the loss, a detached scalar."""
         with torch.enable_grad():
             self.model.zero_grad(set_to_none=True)
             self.outputs = self.objective.forward()

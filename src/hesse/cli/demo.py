@@ -12,8 +12,8 @@ from hesse.cli.exits import clean_exit
 __all__ = ["demo"]
 
 NOTE = (
-    "This is the built-in data: written, spelled and spoken digits, made at run time and degraded. The three share only "
-    "their class; they are no recordings of one event."
+    "This is the built-in data: written, spelled and spoken digits, made at run time and degraded. "
+    "The three share only their class; they are no recordings of one event."
 )
 EPOCHS = 12  # enough to be done, and with the comparison within a minute on two cores
 

@@ -15,7 +15,7 @@ __all__ = ["clean_exit", "print_json"]
 
 @contextmanager
 def clean_exit(json_wanted: bool = False, after_interrupt: str = "") -> Iterator[None]:
-    """Turn refusals into exit code 1 and Ctrl-C into 130, each with a sentence on stderr (and JSON on stdout if wanted)."""
+    """Turn refusals into exit code 1 and Ctrl-C into 130, each with a sentence on stderr (and, if wanted, JSON)."""
     try:
         yield
     except InputError as error:

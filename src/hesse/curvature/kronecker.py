@@ -1,8 +1,8 @@
 """Kronecker blocks: the curvature A (x) G of a layer's weight matrix W [m, n], damped, inverted and applied.
 
 ``(A (x) G)`` acts on W as ``G @ W @ A``. The damped inverse is factored (Martens and Grosse, 2015, section 6.3),
-``(G + sqrt(damping) / pi I)^{-1} W (A + pi sqrt(damping) I)^{-1}`` with ``pi^2 = (tr A / n) / (tr G / m)``, which splits
-the damping so that the terms it adds to A (x) G are smallest.
+``(G + sqrt(damping) / pi I)^{-1} W (A + pi sqrt(damping) I)^{-1}`` with ``pi^2 = (tr A / n) / (tr G / m)``, which
+splits the damping so that the terms it adds to A (x) G are smallest.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["KroneckerInverse", "apply_inverse", "invert"]
 class KroneckerInverse:
     """``a`` [n, n] (or [n]) and ``g`` [m, m], the inverses of the damped factors, and the effective dimension.
 
-    The effective dimension is ``tr((A (x) G) (A (x) G damped)^{-1})``: how many directions of W have more curvature than damping.
-    It falls out of the inverses: with damping d, ``tr(A (A + d I)^{-1}) = n - d tr (A + d I)^{-1}``.
+    The effective dimension is ``tr((A (x) G) (A (x) G damped)^{-1})``: how many directions of W have more curvature
+    than damping. It falls out of the inverses: with damping d, ``tr(A (A + d I)^{-1}) = n - d tr (A + d I)^{-1}``.
     """
 
     a: Tensor

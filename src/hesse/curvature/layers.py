@@ -1,14 +1,17 @@
 """Layer rules: what one layer's inputs and output gradients say about the curvature of its parameters.
 
 A rule is one function of the layer, an input x and the gradient g of a sampled loss at the matching output. It returns
-either the two sides of a Kronecker block, F = A (x) G (Martens and Grosse, 2015; for convolutions Grosse and Martens, 2016), or the
-diagonal of a block. Both are sums over everything that the layer was applied to in this call: examples, positions, tokens.
+either the two sides of a Kronecker block, F = A (x) G (Martens and Grosse, 2015; for convolutions Grosse and
+Martens, 2016), or the diagonal of a block. Both are sums over everything that the layer was applied to in this call:
+examples, positions, tokens.
 
-- Linear, Conv1d/2d/3d: A is the second moment of the inputs (patches, for a convolution), with a 1 appended for the bias; G that of g.
+- Linear, Conv1d/2d/3d: A is the second moment of the inputs (patches, for a convolution), with a 1 appended for the
+  bias; G that of g.
 - Embedding: A is the diagonal of how often each row was looked up, G the second moment of g.
 - LayerNorm, BatchNorm, GroupNorm (scale and shift): the exact diagonal, by squaring each example's own gradient.
 
-To add a layer: write its function and its line in ``_RULES``; a test compares it with dense autograd in a case where it is exact.
+To add a layer: write its function and its line in ``_RULES``; a test compares it with dense autograd in a case where
+it is exact.
 """
 
 from __future__ import annotations
@@ -105,8 +108,8 @@ def _embedding(module: nn.Module, x: Tensor, g: Tensor) -> Kronecker:
 def _layer_norm(module: nn.Module, x: Tensor, g: Tensor) -> Diagonal:
     assert isinstance(module, nn.LayerNorm)
     normal = F.layer_norm(x, module.normalized_shape, eps=module.eps)
-    examples = -1 if g.ndim > len(module.normalized_shape) else 1
-    shape = (g.shape[0] if examples == -1 else 1, -1, *module.normalized_shape)
+    examples = g.shape[0] if g.ndim > len(module.normalized_shape) else 1
+    shape = (examples, -1, *module.normalized_shape)
     return _scale_and_shift(normal.reshape(shape), g.reshape(shape), module)
 
 
@@ -115,13 +118,18 @@ def _batch_norm(module: nn.Module, x: Tensor, g: Tensor) -> Diagonal:
     by_batch = module.training or module.running_mean is None
     mean, var = (None, None) if by_batch else (module.running_mean, module.running_var)
     normal = F.batch_norm(x, mean, var, training=by_batch, eps=module.eps)
-    return _scale_and_shift(*(t.flatten(2).mT if t.ndim > 2 else t[:, None] for t in (normal, g)), module)
+    return _scale_and_shift(_channels_last(normal), _channels_last(g), module)
 
 
 def _group_norm(module: nn.Module, x: Tensor, g: Tensor) -> Diagonal:
     assert isinstance(module, nn.GroupNorm)
     normal = F.group_norm(x, module.num_groups, eps=module.eps)
-    return _scale_and_shift(*(t.flatten(2).mT if t.ndim > 2 else t[:, None] for t in (normal, g)), module)
+    return _scale_and_shift(_channels_last(normal), _channels_last(g), module)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """[B, C, ...] as [B, positions, C]."""
+    return x.flatten(2).mT if x.ndim > 2 else x[:, None]
 
 
 def _scale_and_shift(normal: Tensor, g: Tensor, module: nn.Module) -> Diagonal:

@@ -2,8 +2,8 @@
 
 A loss is a weighted sum of terms, ``loss = sum_n w_n l(o_n, t_n)``; each term's Hessian at its outputs o_n is known in
 closed form and does not depend on what the network does. For these losses the Gauss-Newton matrix is also the Fisher
-matrix of a probability model, so H_L = E[r r'] for the gradient r of a label drawn from that model: one backward pass of r
-samples the curvature of the whole network (Martens, 2020, section 9).
+matrix of a probability model, so H_L = E[r r'] for the gradient r of a label drawn from that model: one backward
+pass of r samples the curvature of the whole network (Martens, 2020, section 9).
 
 =====================  ==================  ================================  ==========================
 loss                   model of the label  Hessian of a term                 a draw r with E[r r'] = H
@@ -48,8 +48,8 @@ def output_curvature(loss_fn: Callable[..., Any], outputs: Any, targets: Any) ->
     """The exact Gauss-Newton factor of ``loss_fn`` at ``outputs``.
 
     Args:
-        loss_fn: ``F.cross_entropy``, ``F.binary_cross_entropy_with_logits``, ``F.mse_loss``, a ``functools.partial`` of one
-            with keywords (class weights, ``ignore_index``, ``label_smoothing``, ``pos_weight``, ``reduction``),
+        loss_fn: ``F.cross_entropy``, ``F.binary_cross_entropy_with_logits``, ``F.mse_loss``, a ``functools.partial``
+            of one with keywords (class weights, ``ignore_index``, ``label_smoothing``, ``pos_weight``, ``reduction``),
             or the matching ``torch.nn`` module.
         outputs: what the model returned, a tensor.
         targets: as the loss takes them.
@@ -74,9 +74,9 @@ def output_curvature(loss_fn: Callable[..., Any], outputs: Any, targets: Any) ->
     if factor is None:
         name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
         raise TypeError(
-            f"no Gauss-Newton factor is known for the loss {name!r}. Known: cross_entropy, binary_cross_entropy_with_logits "
-            "and mse_loss of torch.nn.functional (or functools.partial of them with keywords), and the modules "
-            "CrossEntropyLoss, BCEWithLogitsLoss and MSELoss. A lambda around one hides it: pass the loss itself."
+            f"no Gauss-Newton factor is known for the loss {name!r}. Known: cross_entropy, mse_loss and "
+            "binary_cross_entropy_with_logits of torch.nn.functional, functools.partial of them with keywords, and the "
+            "modules CrossEntropyLoss, MSELoss and BCEWithLogitsLoss. A lambda around one hides it: pass the loss itself."
         )
     return factor(outputs.detach(), targets, **options)
 
@@ -115,16 +115,16 @@ def _cross_entropy(
         shape = [1] * outputs.ndim
         shape[axis] = classes
         terms = (soft * per_class.view(shape)).sum(axis, keepdim=True)
-        total = terms.numel()  # torch divides by the number of terms here, not by their weights
+        total: float = terms.numel()  # torch divides by the number of terms here, not by their weights
     else:
         counted = (targets != ignore_index).unsqueeze(axis)
         terms = counted.to(outputs.dtype)
         if weight is not None:
             own = weight[targets.clamp_min(0).where(targets != ignore_index, 0)].unsqueeze(axis)
             terms = terms * ((1 - label_smoothing) * own + label_smoothing * weight.mean())
-            total = (own * counted).sum().item()
+            total = float((own * counted).sum())
         else:
-            total = counted.sum().item()
+            total = float(counted.sum())
     scale = _scale(reduction, total)
 
     def product(u: Tensor) -> Tensor:

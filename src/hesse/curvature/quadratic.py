@@ -1,14 +1,16 @@
 """The quadratic model of a loss on a few directions, with the exact Gauss-Newton matrix and nothing formed.
 
-For directions V = [v_1, .., v_k] the model ``m(c) = c' V'g + c' (V'GV + damping V'V) c / 2`` predicts how the loss changes along V c.
-With G = J' H_L J an entry of V'GV is ``(J v_i)' H_L (J v_j)``: k forward-mode products, no matrix (Martens and Grosse, 2015,
-section 7). Its minimiser sets step size and momentum at once: with V = [direction, last update], c = (lr, momentum).
+For directions V = [v_1, .., v_k] the model ``m(c) = c' V'g + c' (V'GV + damping V'V) c / 2`` predicts how the loss
+changes along V c. With G = J' H_L J an entry of V'GV is ``(J v_i)' H_L (J v_j)``: k forward-mode products, no matrix
+(Martens and Grosse, 2015, section 7). Its minimiser sets step size and momentum at once: with V = [direction, last
+update], c = (lr, momentum).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.autograd.forward_ad as fw
@@ -72,7 +74,7 @@ def quadratic_model(
     gram = [[tree.dot(u, v) for v in directions] for u in directions]
     slope = [tree.dot(v, grad) for v in directions]
     k = len(directions)
-    flat = torch.stack([*slope, *sum(rows, []), *sum(gram, [])]).tolist()  # one synchronisation
+    flat = torch.stack([*slope, *chain(*rows), *chain(*gram)]).tolist()  # one synchronisation
     square = [flat[k + i * k : k + (i + 1) * k] for i in range(2 * k)]
     return QuadraticModel(flat[:k], square[:k], square[k:])
 
@@ -80,8 +82,8 @@ def quadratic_model(
 def jvp(objective: Objective, direction: tree.Params) -> Tensor:
     """``J v``: the derivative of the outputs along ``direction``, by forward-mode differentiation.
 
-    Where an operation has no forward derivative (fused attention, LSTM), by differentiating the backward pass, which is linear in the
-    vector it is given, with respect to that vector.
+    Where an operation has no forward derivative (fused attention, LSTM), by differentiating the backward pass, which
+    is linear in the vector it is given, with respect to that vector.
 
     Example:
         The outputs of a linear layer are linear in its weight:

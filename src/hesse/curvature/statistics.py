@@ -1,9 +1,10 @@
 """Curvature statistics of one batch: the forward pass is watched, a sampled gradient sent back, the layer rules asked.
 
-``watch_layers`` notes, for each layer that has a rule, the input and the place in the graph of the output at every call,
-so a layer that is called several times in one forward pass (recurrence) adds up. ``statistics`` sends one draw of the
-output curvature back through that graph. Parameters that no rule covers get the diagonal of the same sampled Fisher
-matrix: for a draw r over the whole batch, E[(J'r)^2] is the diagonal of J' H_L J, since the terms are drawn independently.
+``watch_layers`` notes, for each layer that has a rule, the input and the place in the graph of the output at every
+call, so a layer that is called several times in one forward pass (recurrence) adds up. ``statistics`` sends one draw
+of the output curvature back through that graph. Parameters that no rule covers get the diagonal of the same sampled
+Fisher matrix: for a draw r over the whole batch, E[(J'r)^2] is the diagonal of J' H_L J, since the terms are drawn
+independently.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[str]]:
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    blocks, covered = [], set()
+    blocks: list[Block] = []
+    covered: set[str] = set()
     for module in model.modules():
-        own = {name: p for name, p in module.named_parameters(recurse=False)}
+        own = dict(module.named_parameters(recurse=False))
         rule = rule_for(module)
         if rule and "weight" in own and all(owners[id(p)] == 1 and id(p) in names for p in own.values()):
             block = Block(module, rule, {name: names[id(p)] for name, p in own.items()})
@@ -95,12 +97,13 @@ def statistics(
         loose: the parameters that no block covers, by name.
 
     Returns:
-        By name of a weight ``{"factor_a", "factor_g"}``, with ``A (x) G`` approximating the weight's block (its bias as last
-        column of A); by name of any other parameter ``{"diagonal"}`` with its shape. A layer that was not called is absent.
+        By name of a weight ``{"factor_a", "factor_g"}``, with ``A (x) G`` approximating the weight's block (its bias
+        as last column of A); by name of any other parameter ``{"diagonal"}`` with its shape. A layer that was not
+        called is absent.
     """
     draw, weight = curvature.draw()
     edges = [edge for calls_of in calls.seen.values() for _, edge in calls_of]
-    wanted = [*edges, *loose.values()]
+    wanted: list[Any] = [*edges, *loose.values()]
     if not wanted:
         return {}
     grads = list(torch.autograd.grad(outputs, wanted, draw, retain_graph=True, allow_unused=True))

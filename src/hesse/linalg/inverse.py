@@ -1,8 +1,8 @@
 """Inverses of damped positive semidefinite blocks, by Cholesky in float64.
 
 Curvature factors are averages of outer products: semidefinite by construction, often of low rank, with eigenvalues
-over many decades. A float32 factorisation fails or returns noise once the damping is below 1e-7 of the largest eigenvalue;
-float64 holds to 1e-16 and costs on a CPU about what a float32 ``eigh`` costs half of.
+over many decades. A float32 factorisation fails or returns noise once the damping is below 1e-7 of the largest
+eigenvalue; float64 holds to 1e-16 and costs on a CPU about what a float32 ``eigh`` costs half of.
 """
 
 from __future__ import annotations

@@ -70,10 +70,12 @@ class FusedModel(nn.Module):
         ``forward`` takes either; preparing pays where one batch is evaluated several times, as second-order
         optimisers do.
         """
-        return {
-            key: (encoder.prepare(inputs[key][0]) if isinstance(encoder, Convnet) else inputs[key][0], inputs[key][1])
-            for key, encoder in self.encoders.items()
-        }
+        prepared = dict(inputs)
+        for key, encoder in self.encoders.items():
+            data, present = inputs[key]
+            if isinstance(encoder, Convnet) and isinstance(data, Tensor):
+                prepared[key] = (encoder.prepare(data), present)
+        return prepared
 
     def forward(self, **inputs: tuple[Data, Tensor]) -> Tensor:
         if inputs.keys() != self.encoders.keys():

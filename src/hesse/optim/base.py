@@ -1,7 +1,8 @@
 """What every optimiser of ours owes torch, in one place.
 
-torch's ``load_state_dict`` casts every state tensor to the dtype of its parameter: float32 factors of a bfloat16 model would
-come back rounded to eight bits, and a resumed run would differ. ``Base`` gives the tensors back as they were saved.
+torch's ``load_state_dict`` casts every state tensor to the dtype of its parameter: float32 factors of a bfloat16
+model would come back rounded to eight bits, and a resumed run would differ. ``Base`` gives the tensors back as they
+were saved.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ __all__ = ["Base"]
 
 
 class Base(torch.optim.Optimizer):
-    """A torch optimiser whose state survives a reload in its own dtype. State per parameter is a flat dict of tensors."""
+    """A torch optimiser whose state, a flat dict of tensors for each parameter, survives a reload in its own dtype."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, with every state tensor in the dtype it was saved in, on the device of its parameter."""

@@ -1,16 +1,18 @@
-"""K-FAC that tunes itself: x - alpha B^{-1} grad f with B from Kronecker factors, and alpha and damping from a quadratic model.
+"""K-FAC that tunes itself: x - alpha B^{-1} grad f with B from Kronecker factors, and alpha and damping from a
+quadratic model.
 
-The direction is natural gradient through Kronecker-factored curvature (Martens and Grosse, 2015). Step size and momentum are no
-settings: at every step they minimise the loss's quadratic model, with the exact Gauss-Newton matrix of the batch, on the plane of
-the new direction and the last update (section 7 there). Plain natural gradient is the case without the second
-direction, Levenberg-Marquardt the one in which the factors are exact.
+The direction is natural gradient through Kronecker-factored curvature (Martens and Grosse, 2015). Step size and
+momentum are no settings: at every step they minimise the loss's quadratic model, with the exact Gauss-Newton matrix
+of the batch, on the plane of the new direction and the last update (section 7 there). Plain natural gradient is the
+case without the second direction, Levenberg-Marquardt the one in which the factors are exact.
 
-The damping obeys two judges. The trust ratio compares the change of the loss with the one the model promised: below 1/4 the
-damping grows, above 3/4 it shrinks. But a batch is its own best advocate: a model with more parameters than examples fits any batch,
-the ratio stays near 1 and the damping would fall until each step memorises noise. So it may not fall further than the batch can
-answer for: the effective dimension of the damped curvature, sum_i f_i / (f_i + damping), is kept below ``DIRECTIONS`` directions for
-each term of the loss. (By the Fisher identity that sum over the number of terms is also the expected curvature-weighted
-length of a step made of the gradient's sampling noise alone.)
+The damping obeys two judges. The trust ratio compares the change of the loss with the one the model promised: below
+1/4 the damping grows, above 3/4 it shrinks. But a batch is its own best advocate: a model with more parameters than
+examples fits any batch, the ratio stays near 1 and the damping would fall until each step memorises noise. So it may
+not fall further than the batch can answer for: the effective dimension of the damped curvature, sum_i f_i / (f_i +
+damping), is kept below ``DIRECTIONS`` directions for each term of the loss. (By the Fisher identity that sum over
+the number of terms is also the expected curvature-weighted length of a step made of the gradient's sampling noise
+alone.)
 """
 
 from __future__ import annotations
@@ -47,22 +49,25 @@ CALIBRATION = 12  # decades of damping tried at most on the first batch
 class KFAC(Base):
     """Self-tuning K-FAC: learning rate, momentum and damping are found, not given.
 
-    Linear, Conv1d/2d/3d and Embedding layers have Kronecker blocks; LayerNorm, GroupNorm and BatchNorm their exact diagonal. Every
-    other parameter (grouped convolutions, attention's packed projection, tied or parametrised weights, free
-    parameters) gets the diagonal of the sampled Fisher matrix, inside the same quadratic model: none is left out.
+    Linear, Conv1d/2d/3d and Embedding layers have Kronecker blocks; LayerNorm, GroupNorm and BatchNorm their exact
+    diagonal. Every other parameter (grouped convolutions, attention's packed projection, tied or parametrised
+    weights, free parameters) gets the diagonal of the sampled Fisher matrix, inside the same quadratic model: none
+    is left out.
 
-    A step costs about three of AdamW's: a forward and a backward pass, two forward-mode products, a forward pass that judges the
-    step before it is taken, and every few steps a sampled backward pass and Cholesky factorisations. A step that would raise the
-    loss of its own batch, or meets a NaN, is not taken: the parameters stay, the damping doubles, and the rejection is counted.
+    A step costs about three of AdamW's: a forward and a backward pass, two forward-mode products, a forward pass
+    that judges the step before it is taken, and every few steps a sampled backward pass and Cholesky factorisations.
+    A step that would raise the loss of its own batch, or meets a NaN, is not taken: the parameters stay, the damping
+    doubles, and the rejection is counted.
 
-    What it found is in ``param_groups[0]``: ``lr``, ``momentum``, ``damping``, ``trust_ratio``, ``effective_dimension``,
-    ``rejections`` and ``steps``.
+    What it found is in ``param_groups[0]``: ``lr``, ``momentum``, ``damping``, ``trust_ratio``,
+    ``effective_dimension``, ``rejections`` and ``steps``.
 
     Args:
         model: the module to train; its trainable parameters are optimised.
 
     Raises:
-        TypeError: the first argument is not a module; or, at a step, the closure is not one of :func:`hesse.closure`, or its
+        TypeError: the first argument is not a module; or, at a step, the closure is not one of
+        :func:`hesse.closure`, or its
             loss is not cross-entropy, binary cross-entropy with logits or mean squared error.
         ValueError: no parameter is trainable; or, at a step, the closure is of another model.
 
@@ -88,7 +93,8 @@ class KFAC(Base):
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"KFAC takes the module, not its parameters: it needs the layers. Got {type(model).__name__}; write KFAC(model)."
+                "KFAC takes the module, not its parameters: it needs the layers. "
+                f"Got {type(model).__name__}; write KFAC(model)."
             )
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
@@ -112,14 +118,15 @@ class KFAC(Base):
         """Take one step on the batch of ``closure``, and leave the gradient in ``.grad``.
 
         Args:
-            closure: from :func:`hesse.closure`. Without one nothing happens if there are no gradients, which is how frameworks
-                ask for an optimiser's state; with gradients it is an error.
+            closure: from :func:`hesse.closure`. Without one nothing happens if there are no gradients, which is how
+                frameworks ask for an optimiser's state; with gradients it is an error.
 
         Returns:
             The loss before the step, a scalar.
         """
         if closure is None:
-            return self._without_closure()
+            self._refuse_gradients()
+            return None
         objective = self._objective_of(closure)
         group = self.param_groups[0]
         params = self._params()
@@ -166,7 +173,7 @@ class KFAC(Base):
         return loss.detach()
 
     def _judge(self, change: float, promised: float, value: float, terms: float) -> bool:
-        """Whether to take a step that changes the loss by ``change`` where ``promised`` < 0 was expected; sets the damping."""
+        """Whether to take a step that changes the loss by ``change``, ``promised`` < 0 being expected; sets damping."""
         group = self.param_groups[0]
         if -promised <= 1e-6 * abs(value) and abs(change) <= 1e-5 * abs(value):
             return True  # converged to the precision of the loss: the ratio of two roundings says nothing
@@ -188,8 +195,11 @@ class KFAC(Base):
             self.state[p].pop("update", None)  # the old direction led here
 
     def _learn(self, params: tree.Params, calls: Calls, outputs: Tensor, curvature: OutputCurvature) -> None:
-        """Average the batch's statistics in. At the first step a layer that the forward pass went around (attention calls its
-        projection as a function) shows by its absence, and its parameters join those without a block."""
+        """Average the batch's statistics in.
+
+        At the first step a layer that the forward pass went around (attention calls its projection as a function)
+        shows by its absence, and its parameters join those without a block.
+        """
         group = self.param_groups[0]
         if group["updates"] == 0:
             unseen = [block for i, block in enumerate(self.blocks) if i not in calls.seen]
@@ -243,7 +253,7 @@ class KFAC(Base):
     def _calibrate(
         self, params: tree.Params, objective: Objective, curvature: OutputCurvature, grad: tree.Params, value: float
     ) -> None:
-        """Find the initial damping: repeat the first step without taking it, by decades, until the trust ratio settles."""
+        """Find the initial damping: try the first step by decades, without taking it, until the trust ratio settles."""
         group = self.param_groups[0]
         moved = 1.0
         for _ in range(CALIBRATION):
@@ -276,10 +286,11 @@ class KFAC(Base):
             )
         return closure.objective
 
-    def _without_closure(self) -> None:
+    def _refuse_gradients(self) -> None:
         for p in self._params().values():
             if p.grad is not None and bool(p.grad.any()):
                 raise TypeError(
-                    "KFAC.step needs hesse.closure(model, loss_fn, batch): gradients alone do not say how the loss curves. "
-                    "Write optimizer.step(hesse.closure(model, loss_fn, (inputs, targets))) instead of backward() and step()."
+                    "KFAC.step needs hesse.closure(model, loss_fn, batch): gradients alone do not say how the loss "
+                    "curves. Write optimizer.step(hesse.closure(model, loss_fn, (inputs, targets))) instead of "
+                    "backward() and step()."
                 )

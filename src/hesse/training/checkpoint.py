@@ -1,8 +1,8 @@
 """A run's state on disk: one file that holds everything between two steps, and the records beside it.
 
-The file is torch's own format, read with ``weights_only=True``: tensors, numbers, texts and their containers, no pickled
-objects. It is written whole or not at all, and the records are cut back to it on resume, so a crash at any moment
-loses at most the steps since the last save.
+The file is torch's own format, read with ``weights_only=True``: tensors, numbers, texts and their containers, no
+pickled objects. It is written whole or not at all, and the records are cut back to it on resume, so a crash at any
+moment loses at most the steps since the last save.
 """
 
 from __future__ import annotations

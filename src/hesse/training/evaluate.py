@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from hesse.multimodal import Dataset, Schema
 
 __all__ = ["LOSSES", "SCORES", "evaluate", "outputs", "score"]
 
-LOSSES = {"classification": F.cross_entropy, "regression": F.mse_loss}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"classification": F.cross_entropy, "regression": F.mse_loss}
 SCORES = {"classification": "accuracy", "regression": "r2"}
 ROWS = 512  # at once, without gradients
 MOST_POINTS = 2000  # of a regression, in the page
@@ -23,7 +23,7 @@ MOST_POINTS = 2000  # of a regression, in the page
 
 @torch.no_grad()
 def outputs(model: nn.Module, data: Dataset, positions: Tensor, masked: Collection[str] = ()) -> Tensor:
-    """The model's outputs [n, outputs] on rows of ``data``, as if the modalities ``masked`` were absent in all of them."""
+    """The model's outputs [n, outputs] on rows of ``data``, as if the modalities ``masked`` were absent."""
     model.eval()
     parts = []
     for some in positions.split(ROWS):

@@ -64,7 +64,8 @@ def train(
     """Train a model that predicts ``target`` from the other columns of a table.
 
     Args:
-        table: a path (CSV, TSV, JSON lines, Parquet) or any data frame with ``__arrow_c_stream__`` (pandas, polars, duckdb, pyarrow).
+        table: a path (CSV, TSV, JSON lines, Parquet) or any data frame with ``__arrow_c_stream__`` (pandas, polars,
+            duckdb, pyarrow).
         target: the column to predict: classes, or a number.
         out: the run folder; by default ``runs/NAME-TARGET``.
         optimizer: "kfac" (needs no learning rate), "adamw", "adam", "adagrad", "sgd" or "lbfgs".
@@ -72,7 +73,8 @@ def train(
         epochs: most epochs. By default 40, or no limit when ``seconds`` is given.
         seconds: most seconds of training (wall time of the steps; validation is not counted).
         batch_size: rows a step; by default about a 32nd of the training rows, 16 to 512.
-        columns: kinds to use instead of those found: column name to "image", "audio", "text", "number", "category" or "ignore".
+        columns: kinds to use instead of those found: column name to "image", "audio", "text", "number", "category"
+            or "ignore".
         split_column: a column that says train, valid or test; otherwise 80/10/10, stratified by class and seeded.
         data_root: the folder that paths in cells are relative to and may not leave; by default the table's own.
         delimiter: of a CSV file, when it cannot be told.
@@ -247,7 +249,7 @@ def _plan(config: dict[str, Any], schema: Schema, data: Dataset, parts: Mapping[
 
 
 def _batch_size(rows: int) -> int:
-    """The power of two at a 32nd of the rows, so that an epoch is about 32 steps whatever the table's size, 16 to 512."""
+    """The power of two next to a 32nd of the rows, 16 to 512: an epoch is about 32 steps."""
     return min(512, max(16, 1 << (max(1, rows // 32) - 1).bit_length()))
 
 

@@ -1,8 +1,8 @@
 """One loop for any optimiser: setting up, taking a step, asking whether we are done.
 
 Everything that is remembered between two steps is in one value, :class:`State`, so that saving it is saving the
-run, and a resumed run ends bit for bit where an uninterrupted one ends. What is drawn at random is drawn from the seed and
-the epoch alone (order of rows, masked modalities) or from torch's generator, whose state is kept too.
+run, and a resumed run ends bit for bit where an uninterrupted one ends. What is drawn at random is drawn from the
+seed and the epoch alone (order of rows, masked modalities) or from torch's generator, whose state is kept too.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def take_step(plan: Plan, state: State, rows: Tensor, hidden: Tensor) -> float:
     inputs, targets = plan.data.batch(rows)
     for column, (key, (values, present)) in enumerate(inputs.items()):
         inputs[key] = (values, present & ~hidden[:, column])
-    inputs = state.model.prepare(inputs)
-    loss = float(state.optimizer.step(closure(state.model, LOSSES[plan.schema.task], (inputs, targets))))
+    batch = state.model.prepare(inputs), targets
+    loss = float(state.optimizer.step(closure(state.model, LOSSES[plan.schema.task], batch)))  # type: ignore[arg-type]
     state.average.update_parameters(state.model)
     state.step += 1
     state.batch += 1

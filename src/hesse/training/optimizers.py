@@ -32,7 +32,8 @@ def make_optimizer(name: str, model: nn.Module, lr: float | None = None) -> torc
     """The optimiser called ``name`` for the parameters of ``model``.
 
     Raises:
-        InputError: there is none of that name; or a learning rate for one that finds its own, or one that is not positive.
+        InputError: there is none of that name; or a learning rate for one that finds its own, or one that is not
+        positive.
     """
     if name not in OPTIMIZERS:
         raise InputError(

@@ -126,8 +126,9 @@ class Run:
             progress: called with how many files are decoded and how many there are.
 
         Returns:
-            A pyarrow table of as many rows as ``table``, in its order: the prediction under the target's name; for classes also
-            ``confidence``, the probability of the predicted one, and, up to 20 classes, ``probability of CLASS`` each.
+            A pyarrow table of as many rows as ``table``, in its order: the prediction under the target's name; for
+            classes also ``confidence``, the probability of the predicted one, and, up to 20 classes, ``probability
+            of CLASS`` each.
         """
         import pyarrow as pa
 

@@ -1,6 +1,7 @@
 """What a person sees while a table is trained on: on stderr, so that results on stdout stay clean.
 
-On a terminal a bar moves; in a pipe or a log each epoch is a line. ``NO_COLOR`` and ``TERM=dumb`` are respected (by rich).
+On a terminal a bar moves; in a pipe or a log each epoch is a line. ``NO_COLOR`` and ``TERM=dumb`` are respected (by
+rich).
 """
 
 from __future__ import annotations
