@@ -76,7 +76,7 @@ def output_curvature(loss_fn: Callable[..., Any], outputs: Any, targets: Any) ->
         raise TypeError(
             f"no Gauss-Newton factor is known for the loss {name!r}. Known: cross_entropy, mse_loss and "
             "binary_cross_entropy_with_logits of torch.nn.functional, functools.partial of them with keywords, and the "
-            "modules CrossEntropyLoss, MSELoss and BCEWithLogitsLoss. A lambda around one hides it: pass the loss itself."
+            "modules CrossEntropyLoss, MSELoss, BCEWithLogitsLoss. A lambda around one hides it: pass the loss itself."
         )
     return factor(outputs.detach(), targets, **options)
 
