@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["append_line", "atomic_path", "read_json", "read_lines", "write_json", "write_lines", "write_text"]
+__all__ = ["atomic_path", "read_json", "read_lines", "write_json", "write_lines", "write_text"]
 
 
 @contextmanager
@@ -36,9 +36,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, atomically."""
+    """Write ``text`` as UTF-8, atomically.
+
+    File names that are not UTF-8 reach Python as lone surrogates; they are written as ``\\udc80``, the escape of JSON.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -56,17 +59,11 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
     write_text(path, "".join(_line(value) for value in values))
 
 
-def append_line(path: Path, value: Any) -> None:
-    """Append one JSON line; a crash in between leaves at most one torn last line, which the reader drops."""
-    with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write(_line(value))
-
-
 def read_lines(path: Path) -> list[Any]:
-    """Read JSON lines; an absent file has none, and a torn last line (a crash while appending) is dropped."""
+    """Read JSON lines; an absent file has none, and a torn last line (a copy broken off) is dropped."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")  # bytes: the tear may go through a character
     return [json.loads(line) for line in lines[:-1] if line]
 
 

@@ -54,7 +54,5 @@ def add(*terms: tuple[float, Mapping[str, Tensor]]) -> Params:
 
 def is_finite(x: Mapping[str, Tensor] | Sequence[Tensor]) -> bool:
     """Whether every element is a number: one reduction a tensor, one synchronisation in all."""
-    tensors = list(x.values()) if isinstance(x, Mapping) else list(x)
-    return not tensors or bool(
-        torch.stack([value.detach().abs().amax() for value in tensors if value.numel()]).isfinite().all()
-    )
+    tensors = [value.detach() for value in (x.values() if isinstance(x, Mapping) else x) if value.numel()]
+    return not tensors or bool(torch.stack([value.abs().amax() for value in tensors]).isfinite().all())

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Diagonal", "Kronecker", "rule_for"]
+__all__ = ["Diagonal", "Kronecker", "as_matrix", "from_matrix", "rule_for", "wide"]
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,11 @@ def _convolution(module: nn.Module, x: Tensor, g: Tensor) -> Kronecker:
 
 def _embedding(module: nn.Module, x: Tensor, g: Tensor) -> Kronecker:
     assert isinstance(module, nn.Embedding)
-    index = x.reshape(-1)
-    counts = torch.bincount(index, minlength=module.num_embeddings).to(g.dtype)
-    g = g.reshape(-1, g.shape[-1])
+    index, g = x.reshape(-1), wide(g.reshape(-1, g.shape[-1]))
     if module.padding_idx is not None:  # its row never moves: its gradient is dropped by autograd
-        g = g * (index != module.padding_idx)[:, None]
-        counts[module.padding_idx] = 0
+        looked_up = index != module.padding_idx
+        index, g = index[looked_up], g[looked_up]
+    counts = torch.bincount(index, minlength=module.num_embeddings).to(g.dtype)
     return Kronecker(counts, g.t() @ g, len(index))
 
 
@@ -134,6 +133,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _scale_and_shift(normal: Tensor, g: Tensor, module: nn.Module) -> Diagonal:
     """From [examples, positions, *parameter]: an example's gradient sums over its positions, then is squared."""
+    normal, g = wide(normal), wide(g)
     squares = {"weight": (normal * g).sum(1).square().sum(0)}
     if getattr(module, "bias", None) is not None:
         squares["bias"] = g.sum(1).square().sum(0)
@@ -141,11 +141,15 @@ def _scale_and_shift(normal: Tensor, g: Tensor, module: nn.Module) -> Diagonal:
 
 
 def _second_moments(a: Tensor, g: Tensor, bias: bool) -> Kronecker:
-    if a.dtype in (torch.bfloat16, torch.float16):  # sums over a batch need more than eight bits
-        a, g = a.float(), g.float()
+    a, g = wide(a), wide(g)
     if bias:
         a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
     return Kronecker(a.t() @ a, g.t() @ g, len(a))
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: sums over a batch need more than eight bits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 _RULES: dict[type[nn.Module], Rule] = {

@@ -115,16 +115,15 @@ def _cross_entropy(
         shape = [1] * outputs.ndim
         shape[axis] = classes
         terms = (soft * per_class.view(shape)).sum(axis, keepdim=True)
-        total: float = terms.numel()  # torch divides by the number of terms here, not by their weights
+        number = total = float(terms.numel())  # torch divides by the number of terms here, not by their weights
     else:
         counted = (targets != ignore_index).unsqueeze(axis)
         terms = counted.to(outputs.dtype)
+        number = total = float(counted.sum())
         if weight is not None:
             own = weight[targets.clamp_min(0).where(targets != ignore_index, 0)].unsqueeze(axis)
             terms = terms * ((1 - label_smoothing) * own + label_smoothing * weight.mean())
             total = float((own * counted).sum())
-        else:
-            total = float(counted.sum())
     scale = _scale(reduction, total)
 
     def product(u: Tensor) -> Tensor:
@@ -136,7 +135,7 @@ def _cross_entropy(
         onehot = F.one_hot(labels, classes).to(p.dtype).movedim(-1, axis)
         return terms.sqrt() * (p - onehot), scale
 
-    return OutputCurvature(product, draw, total)
+    return OutputCurvature(product, draw, number)
 
 
 def _binary_cross_entropy(

@@ -15,6 +15,7 @@ from itertools import chain
 import torch
 import torch.autograd.forward_ad as fw
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesse import tree
 from hesse.linalg import solve_psd
@@ -82,8 +83,8 @@ def quadratic_model(
 def jvp(objective: Objective, direction: tree.Params) -> Tensor:
     """``J v``: the derivative of the outputs along ``direction``, by forward-mode differentiation.
 
-    Where an operation has no forward derivative (fused attention, LSTM), by differentiating the backward pass, which
-    is linear in the vector it is given, with respect to that vector.
+    Where an operation has no forward derivative (LSTM), by differentiating the backward pass, which is linear in the
+    vector it is given, with respect to that vector. Fused attention has neither: attention runs on its plain kernel.
 
     Example:
         The outputs of a linear layer are linear in its weight:
@@ -93,15 +94,20 @@ def jvp(objective: Objective, direction: tree.Params) -> Tensor:
         >>> jvp(objective, {"weight": torch.tensor([[1.0, 1.0]])})
         tensor([[7.]])
     """
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            return _jvp_by_forward(objective, direction)
+        except (NotImplementedError, RuntimeError) as error:
+            if "forward" not in str(error):
+                raise
+            return _jvp_by_backward(objective, direction)
+
+
+def _jvp_by_forward(objective: Objective, direction: tree.Params) -> Tensor:
     params = objective.params
-    try:
-        with torch.no_grad(), fw.dual_level():
-            duals = {name: fw.make_dual(params[name].detach(), v) for name, v in direction.items()}
-            primal, tangent = fw.unpack_dual(objective.outputs({**params, **duals}))
-    except (NotImplementedError, RuntimeError) as error:
-        if "forward" not in str(error):
-            raise
-        return _jvp_by_backward(objective, direction)
+    with torch.no_grad(), fw.dual_level():
+        duals = {name: fw.make_dual(params[name].detach(), v) for name, v in direction.items()}
+        primal, tangent = fw.unpack_dual(objective.outputs({**params, **duals}))
     return torch.zeros_like(primal) if tangent is None else tangent
 
 

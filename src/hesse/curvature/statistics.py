@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from hesse.curvature.layers import Diagonal, Rule, rule_for
+from hesse.curvature.layers import Diagonal, Rule, rule_for, wide
 from hesse.curvature.output import OutputCurvature
 
 __all__ = ["Block", "Calls", "find_blocks", "statistics", "watch_layers"]
@@ -43,8 +43,8 @@ class Calls:
 def find_blocks(model: nn.Module) -> tuple[list[Block], list[str]]:
     """The blocks of ``model`` and the names of the trainable parameters that no block covers.
 
-    A layer keeps its block only if it owns all its parameters alone and all are trainable: a tied, frozen or
-    parametrised weight belongs to the second list.
+    A layer keeps its block only if it owns all its parameters alone, all are trainable and its rule knows them all:
+    a tied, frozen or parametrised weight belongs to the second list.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -56,7 +56,8 @@ def find_blocks(model: nn.Module) -> tuple[list[Block], list[str]]:
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
         rule = rule_for(module)
-        if rule and "weight" in own and all(owners[id(p)] == 1 and id(p) in names for p in own.values()):
+        alone = all(owners[id(p)] == 1 and id(p) in names for p in own.values())
+        if rule and alone and "weight" in own and own.keys() <= {"weight", "bias"}:
             block = Block(module, rule, {name: names[id(p)] for name, p in own.items()})
             blocks.append(block)
             covered.update(block.names.values())
@@ -115,7 +116,7 @@ def statistics(
         if parts:
             found.update(_combine(block, parts, weight))
     for (name, p), g in zip(loose.items(), grads[len(edges) :], strict=True):
-        found[name] = {"diagonal": torch.zeros_like(p) if g is None else weight * g.square()}
+        found[name] = {"diagonal": weight * wide(torch.zeros_like(p) if g is None else g).square()}
     return found
 
 
@@ -126,7 +127,7 @@ def _combine(block: Block, parts: list[Any], weight: float) -> dict[str, dict[st
             block.names[own]: {"diagonal": weight * sum(part.squares[own] for part in parts)}
             for own in parts[0].squares
         }
-    rows = sum(part.rows for part in parts)
+    rows = max(1, sum(part.rows for part in parts))  # an embedding may have looked up nothing but padding
     return {
         block.names["weight"]: {
             "factor_a": sum(part.a for part in parts) / rows,

@@ -33,12 +33,12 @@ def damped_inverse(matrix: Tensor, damping: float) -> Tensor | None:
     """
     if matrix.ndim == 1:
         inverse = (matrix + damping).reciprocal()
-        return inverse if bool(torch.isfinite(inverse).all()) else None
+        return inverse if bool(((inverse > 0) & inverse.isfinite()).all()) else None
     damped = matrix.double()
     damped = 0.5 * (damped + damped.mT)
     damped.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info) != 0:
+    if int(info) != 0 or not bool(factor.diagonal().isfinite().all()):  # an infinite pivot passes for a positive one
         return None
     inverse = torch.cholesky_inverse(factor).to(matrix.dtype)
     return inverse if bool(torch.isfinite(inverse).all()) else None

@@ -39,7 +39,7 @@ BURN_IN = 10  # first steps, each with fresh statistics: the factors are then av
 PERIOD = 5  # steps between later statistics: they change slowly and cost half a step
 INVERSES = 10  # steps between later inverses
 MEMORY = 0.95  # of the statistics, in batches: about the last twenty
-DIRECTIONS = 2.0  # effective dimensions a term of the loss may answer for
+DIRECTIONS = 4.0  # effective dimensions a term of the loss may answer for
 TRUST = (0.25, 0.75)  # trust ratios below which damping grows and above which it shrinks
 GENTLE = 0.95  # factor of the damping a step
 HARSH = 2.0  # factor of the damping after a rejected step
@@ -197,21 +197,20 @@ class KFAC(Base):
     def _learn(self, params: tree.Params, calls: Calls, outputs: Tensor, curvature: OutputCurvature) -> None:
         """Average the batch's statistics in.
 
-        At the first step a layer that the forward pass went around (attention calls its projection as a function)
-        shows by its absence, and its parameters join those without a block.
+        A layer that the forward pass goes around (attention calls its projection as a function) shows by its
+        absence: until it is called itself, its parameters are treated like those without a block.
         """
         group = self.param_groups[0]
-        if group["updates"] == 0:
-            unseen = [block for i, block in enumerate(self.blocks) if i not in calls.seen]
-            self.loose += [name for block in unseen for name in block.names.values()]
-            seen = [i for i in range(len(self.blocks)) if i in calls.seen]
-            calls.seen = {new: calls.seen[old] for new, old in enumerate(seen)}
-            self.blocks = [self.blocks[i] for i in seen]
         loose = {name: params[name] for name in self.loose}
+        for i, block in enumerate(self.blocks):
+            if i not in calls.seen and "factor_a" not in self.state[params[block.names["weight"]]]:
+                loose |= {name: params[name] for name in block.names.values()}
         group["updates"] += 1
         weight = max(1 / group["updates"], 1 - MEMORY)
         for name, parts in statistics(self.blocks, calls, outputs, curvature, loose).items():
             state = self.state[params[name]]
+            if not tree.is_finite(parts):
+                continue  # an overflow averaged in would never leave
             for key, value in parts.items():
                 state[key] = state[key].lerp_(value, weight) if key in state else value
 
@@ -247,7 +246,8 @@ class KFAC(Base):
         damping = self.param_groups[0]["damping"]
         for name, p in params.items():
             if name not in direction:
-                direction[name] = -grad[name] / (self.state[p]["diagonal"] + damping)
+                curvature = self.state[p].get("diagonal", 0.0)  # none yet for what the loss does not reach
+                direction[name] = (-grad[name] / (curvature + damping)).to(p.dtype)
         return direction
 
     def _calibrate(
@@ -269,6 +269,10 @@ class KFAC(Base):
                 return
             moved = move
             group["damping"] *= move
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What deepcopy and pickle take along; torch's own drops all but its three fields."""
+        return {**super().__getstate__(), "model": self.model, "blocks": self.blocks, "loose": self.loose}
 
     def _params(self) -> tree.Params:
         group = self.param_groups[0]
