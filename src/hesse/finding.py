@@ -67,3 +67,8 @@ class InputError(ValueError):
     ) -> None:
         self.finding = Finding(kind, where, message, remedy, severity="error", value=value)
         super().__init__(str(self.finding))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and worker processes rebuild it from the finding's parts, not from its sentence."""
+        f = self.finding
+        return type(self), (f.kind, f.where, f.message, f.remedy, f.value)

@@ -396,3 +396,19 @@ def test_a_wrong_closure_is_named_before_anything_moves() -> None:
     assert same(before, snapshot(p.model))
     losses = train(optimizer, p, 5)
     assert losses[-1] < losses[0]
+
+
+def test_further_parameter_groups_are_refused() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = hesse.optim.KFAC(model)
+    with pytest.raises(ValueError, match="no further parameter groups"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+def test_calibration_stays_in_the_range_that_can_be_left_again() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 3)
+    model = nn.Linear(3, 1)
+    optimizer = hesse.optim.KFAC(model)
+    optimizer.step(hesse.closure(model, nn.functional.mse_loss, (x, x @ torch.ones(3, 1))))
+    assert 1e-8 <= optimizer.param_groups[0]["damping"] <= 1e4

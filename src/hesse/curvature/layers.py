@@ -106,6 +106,8 @@ def _embedding(module: nn.Module, x: Tensor, g: Tensor) -> Kronecker:
 
 def _layer_norm(module: nn.Module, x: Tensor, g: Tensor) -> Diagonal:
     assert isinstance(module, nn.LayerNorm)
+    # The first dimension counts as examples. With a sequence in front, a position passes for one: squares of sums over
+    # the batch instead of sums of squares, off by what examples have in common.
     normal = F.layer_norm(x, module.normalized_shape, eps=module.eps)
     examples = g.shape[0] if g.ndim > len(module.normalized_shape) else 1
     shape = (examples, -1, *module.normalized_shape)

@@ -44,6 +44,7 @@ TRUST = (0.25, 0.75)  # trust ratios below which damping grows and above which i
 GENTLE = 0.95  # factor of the damping a step
 HARSH = 2.0  # factor of the damping after a rejected step
 CALIBRATION = 12  # decades of damping tried at most on the first batch
+RANGE = (1e-8, 1e4)  # of the damping: beyond it the way back takes hundreds of steps
 
 
 class KFAC(Base):
@@ -153,10 +154,10 @@ class KFAC(Base):
             self._learn(params, calls, outputs, curvature)
             if group["steps"] == 0:
                 self._calibrate(params, objective, curvature, grad, value)
-            if group["steps"] < BURN_IN or group["steps"] % INVERSES == 0:
-                self._invert(params)
-        direction = self._direction(params, grad)
         last = {name: self.state[p]["update"] for name, p in params.items() if "update" in self.state[p]}
+        if group["steps"] < BURN_IN or group["steps"] % INVERSES == 0 or not last:  # none after a rejection
+            self._invert(params)
+        direction = self._direction(params, grad)
         plane = [direction, last] if last else [direction]
         model = quadratic_model(objective, curvature.product, grad, plane)
         step = model.minimiser(group["damping"])
@@ -177,14 +178,14 @@ class KFAC(Base):
         group = self.param_groups[0]
         if -promised <= 1e-6 * abs(value) and abs(change) <= 1e-5 * abs(value):
             return True  # converged to the precision of the loss: the ratio of two roundings says nothing
-        if not change <= 0:  # NaN is no descent either
+        if not (change <= 0 and math.isfinite(promised)):  # NaN is no descent either
             return False
         group["trust_ratio"] = change / promised
         limit = DIRECTIONS * terms
         if group["trust_ratio"] < TRUST[0] or group["effective_dimension"] > 1.2 * limit:
             group["damping"] /= GENTLE
         elif group["trust_ratio"] > TRUST[1] and group["effective_dimension"] < limit:
-            group["damping"] = max(GENTLE * group["damping"], 1e-8)
+            group["damping"] = max(GENTLE * group["damping"], RANGE[0])
         return True
 
     def _reject(self, params: tree.Params) -> None:
@@ -268,11 +269,17 @@ class KFAC(Base):
             if move == 1.0 or moved * move == 1.0:  # settled, or turning back
                 return
             moved = move
-            group["damping"] *= move
+            group["damping"] = min(max(move * group["damping"], RANGE[0]), RANGE[1])
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along; torch's own drops all but its three fields."""
         return {**super().__getstate__(), "model": self.model, "blocks": self.blocks, "loose": self.loose}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: the layers, and with them the parameters, are those of the model."""
+        if self.param_groups:
+            raise ValueError("KFAC optimises the model it was given; it takes no further parameter groups.")
+        super().add_param_group(param_group)
 
     def _params(self) -> tree.Params:
         group = self.param_groups[0]
