@@ -1,7 +1,11 @@
-"""The command line: one file a command; what a command needs is imported inside it, so that help is instant."""
+"""The command line: one file a command; what a command needs is imported inside it, so that help is instant.
+
+Exit codes: 0 fine, 1 refused or failed with a sentence, 2 usage, 130 interrupted.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -9,10 +13,15 @@ __all__ = ["main"]
 
 def main() -> None:
     """Entry point of the ``hesse`` command."""
+    # Torch's threads spin while they wait for each other. With anything else on the cores that makes a step of a small
+    # network 40 times slower (1.2 s instead of 0.03 s, measured on two cores); sleeping costs next to nothing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from hesse.cli.app import app
+        from hesse.cli.app import run
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit(f"The hesse command needs {error.name}. Install it with: pip install 'hesse[train]'")
-    app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()

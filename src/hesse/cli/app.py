@@ -1,18 +1,25 @@
-"""The commands by name, and what their exit codes mean: 0 fine, 1 refused or failed, 2 usage, 130 interrupted."""
+"""The commands by name."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
 from hesse import __version__
 from hesse.cli.demo import demo
+from hesse.cli.exits import print_json
 from hesse.cli.predict import predict
 from hesse.cli.report import report
 from hesse.cli.train import train
+from hesse.finding import Finding
 
-__all__ = ["app"]
+__all__ = ["app", "run"]
+
+USAGE = Finding(
+    "usage", "command line", "The command cannot be understood; stderr says why.", "See hesse COMMAND --help.", "error"
+)
 
 app = typer.Typer(
     name="hesse",
@@ -38,3 +45,13 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+def run() -> None:
+    """Run the command of ``sys.argv``, which also gets its line of JSON when it could not be understood."""
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == 2 and "--json" in sys.argv[1:]:
+            print_json({"ok": False, "error": USAGE.to_dict()})
+        raise

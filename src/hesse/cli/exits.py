@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import typer
 
-from hesse.finding import InputError
+from hesse.finding import Finding, InputError
 
-__all__ = ["clean_exit", "print_json"]
+__all__ = ["clean_exit", "print_json", "refuse"]
 
 
 @contextmanager
-def clean_exit(json_wanted: bool = False, after_interrupt: str = "") -> Iterator[None]:
+def clean_exit(as_json: bool = False) -> Iterator[None]:
     """Turn refusals into exit code 1 and Ctrl-C into 130, each with a sentence on stderr (and, if wanted, JSON)."""
     try:
         yield
     except InputError as error:
-        if json_wanted:
-            print_json({"ok": False, "error": error.finding.to_dict()})
-        typer.echo(f"hesse: {error}", err=True)
-        raise typer.Exit(1) from error
+        refuse(error.finding, 1, as_json)
     except ImportError as error:
-        if "pip install" not in str(error):
+        if "pip install" not in str(error):  # not a library of an extra: a fault of ours, which keeps its trace
             raise
-        typer.echo(f"hesse: {error}", err=True)
-        raise typer.Exit(1) from error
+        refuse(Finding("missing library", error.name or "", str(error), severity="error"), 1, as_json)
+    except BrokenPipeError:  # the reader of a pipe has seen enough: `hesse predict ... | head`
+        raise
     except OSError as error:
-        typer.echo(f"hesse: {error.strerror or error}: {error.filename or ''}".rstrip(": "), err=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        typer.echo(f"\nhesse: interrupted. {after_interrupt}".rstrip(), err=True)
-        raise typer.Exit(130) from None
+        message = f"{error.strerror or error}."
+        remedy = "Check the path, its permissions and the disk."
+        refuse(Finding("input or output", str(error.filename or ""), message, remedy, "error"), 1, as_json)
+    except KeyboardInterrupt as error:
+        refuse(Finding("interrupted", "", str(error) or "Nothing was written.", severity="error"), 130, as_json)
+
+
+def refuse(finding: Finding, code: int, as_json: bool) -> NoReturn:
+    """Say why there is no result, and exit."""
+    if as_json:
+        print_json({"ok": False, "error": finding.to_dict()})
+    typer.echo(f"hesse: {finding}", err=True)
+    raise typer.Exit(code)
 
 
 def print_json(value: object) -> None:
-    """One line of JSON on stdout."""
-    import json
-
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    """One line of JSON on stdout, in UTF-8 whatever the locale says."""
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+    sys.stdout.buffer.write(line.encode("utf-8", "surrogateescape"))
+    sys.stdout.buffer.flush()

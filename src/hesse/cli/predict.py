@@ -28,13 +28,19 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON on stdout.")] = False,
 ) -> None:
     """Predict the target for each row of a table with a trained run."""
+    if as_json and out is None:
+        raise typer.BadParameter("--json prints a summary on stdout, so the predictions need --out.")
     with clean_exit(as_json):
-        if as_json and out is None:
-            raise typer.BadParameter("--json prints a summary on stdout, so the predictions need --out.")
         from hesse.training import Run
-        from hesse.training.predictions import write_predictions
+        from hesse.training.predictions import refuse_path, write_predictions
+        from hesse.training.screen import Screen
 
-        predictions = Run(run).predict(table, data_root=data_root, delimiter=delimiter, skip_bad_rows=skip_bad_rows)
+        if out is not None:
+            refuse_path(out, table)
+        with Screen().decoding("reading files") as progress:
+            predictions = Run(run).predict(
+                table, data_root=data_root, delimiter=delimiter, skip_bad_rows=skip_bad_rows, progress=progress
+            )
         write_predictions(predictions, out)
         empty = predictions.column(0).null_count
         if out is not None:

@@ -7,14 +7,21 @@ from typing import Annotated
 
 import typer
 
-from hesse.cli.exits import clean_exit
+from hesse.cli.exits import clean_exit, print_json
 
 __all__ = ["report"]
 
 
-def report(run: Annotated[Path, typer.Argument(help="The run folder.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
     """Rebuild the report page from a run's records and print its path."""
-    with clean_exit():
+    with clean_exit(as_json):
         from hesse.report import build
 
-        typer.echo(build(run))
+        page = build(run)
+        if as_json:
+            print_json({"ok": True, "report": str(page)})
+        else:
+            typer.echo(page)

@@ -18,7 +18,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/TABLE-TARGET]")] = None,
     optimizer: Annotated[str, typer.Option(help="kfac, adamw, adam, adagrad, sgd or lbfgs.")] = "kfac",
     lr: Annotated[float | None, typer.Option(help="Learning rate; kfac finds its own.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Most epochs.  [default: 40]")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="How many.  [default: at most 40]")] = None,
     seconds: Annotated[float | None, typer.Option(min=0, help="Most seconds of training.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows a step.  [default: a 32nd of the rows, 16 to 512]")
@@ -45,8 +45,8 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
     """Train a model on a table and leave a run folder with the model and a report."""
-    with clean_exit(as_json, after_interrupt="The run is saved; go on with the same command and --resume."):
-        columns = dict(_override(item) for item in column or ())
+    columns = dict(_override(item) for item in column or ())
+    with clean_exit(as_json):
         from hesse.training import train as run_training
 
         run = run_training(

@@ -45,7 +45,8 @@ DECISIONS = (
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row["layers"]))
+    """The layers that have weights; an activation is recorded for its dead units alone."""
+    return list(dict.fromkeys(name for row in rows for name, seen in row["layers"].items() if seen.get("weight_norm")))
 
 
 def group(name: str) -> str:

@@ -1,34 +1,31 @@
 """A run's state on disk: one file that holds everything between two steps, and the records beside it.
 
 The file is torch's own format, read with ``weights_only=True``: tensors, numbers, texts and their containers, no
-pickled objects. It is written whole or not at all, and the records are cut back to it on resume, so a crash at any
-moment loses at most the steps since the last save.
+pickled objects. It is written whole or not at all, and it holds the records too: those beside it are views of it for
+people and pages, written after it, so whatever a crash leaves of them does not matter to a resumed run.
 """
 
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hesse.files import atomic_path, read_lines, write_json, write_lines
-from hesse.finding import InputError
+from hesse.files import atomic_path, write_json, write_lines
+from hesse.finding import Finding, InputError
 from hesse.training.loop import State
 
-__all__ = ["restore", "save"]
+__all__ = ["CHECKPOINT", "restore", "save"]
 
 CHECKPOINT = "checkpoint.pt"
-COUNTERS = ("epoch", "batch", "step", "seconds", "loss_sum", "best_loss", "best_epoch")
+PLAIN = ("epoch", "batch", "step", "seconds", "loss_sum", "best_loss", "best_epoch", "metrics", "steps")
 
 
 def save(folder: Path, state: State) -> None:
     """Write the state and its records into ``folder``."""
-    write_lines(folder / "metrics.jsonl", state.metrics)
-    write_lines(folder / "steps.jsonl", state.steps)
-    write_lines(folder / "layers.jsonl", state.monitor.records)
-    write_json(folder / "findings.json", [finding.to_dict() for finding in state.findings])
     with atomic_path(folder / CHECKPOINT) as temporary:
         torch.save(
             {
@@ -38,59 +35,68 @@ def save(folder: Path, state: State) -> None:
                 "optimizer": state.optimizer.state_dict(),
                 "monitor": state.monitor.state_dict(),
                 "random": torch.get_rng_state(),
-                **{name: getattr(state, name) for name in COUNTERS},
+                "earlier": [finding.to_dict() for finding in state.earlier],
+                **{name: getattr(state, name) for name in PLAIN},
             },
             temporary,
         )
+    write_lines(folder / "metrics.jsonl", state.metrics)
+    write_lines(folder / "steps.jsonl", state.steps)
+    write_lines(folder / "layers.jsonl", state.monitor.records)
+    write_json(folder / "findings.json", [finding.to_dict() for finding in state.findings])
 
 
 def restore(folder: Path, state: State) -> None:
-    """Bring a freshly started ``state`` to where the run in ``folder`` was saved.
+    """Bring a freshly started ``state``, and torch's generator, to where the run in ``folder`` was saved.
 
     Raises:
-        InputError: there is no checkpoint, it is damaged, or it holds pickled objects.
+        InputError: the checkpoint is damaged, of another model, or holds pickled objects.
     """
-    saved = _load(folder / CHECKPOINT)
+    path = folder / CHECKPOINT
+    saved = _load(path)
     try:
+        state.best = dict(saved["best"])
+        if state.best:
+            state.average.module.load_state_dict(state.best)  # to see that it fits
         state.model.load_state_dict(saved["model"])
         state.average.load_state_dict(saved["average"])
         state.optimizer.load_state_dict(saved["optimizer"])
-        for name in COUNTERS:
+        state.monitor.load_state_dict(saved["monitor"])
+        state.earlier = [Finding(**finding) for finding in saved["earlier"]]
+        for name in PLAIN:
             setattr(state, name, saved[name])
-        state.best = saved["best"]
         torch.set_rng_state(saved["random"])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever a foreign file holds
         raise InputError(
             "foreign checkpoint",
-            str(folder / CHECKPOINT),
-            f"The checkpoint does not fit this run: {error}.",
+            str(path),
+            f"The checkpoint does not fit this run: {' '.join(str(error).split())[:200]}.",
             "Resume with the version of hesse that wrote it, or train anew with --overwrite.",
         ) from error
-    state.metrics = [row for row in read_lines(folder / "metrics.jsonl") if row["epoch"] <= state.epoch]
-    state.steps = [row for row in read_lines(folder / "steps.jsonl") if row["step"] <= state.step]
-    state.monitor.load_state_dict(saved["monitor"])
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise InputError(
-            "no checkpoint", str(path), "There is no checkpoint to resume from.", "Train anew with --overwrite."
+    def refusal(kind: str, message: str) -> InputError:
+        return InputError(
+            kind, str(path), message, "Put the file back that hesse wrote, or train anew with --overwrite."
+        )
+
+    if not zipfile.is_zipfile(path):  # torch.load would take such a file for a pickle of old
+        raise refusal(
+            "damaged checkpoint",
+            "This is no whole file in torch's format: it is cut short, or something else. hesse has not read it.",
         )
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        raise InputError(
+        raise refusal(
             "unsafe checkpoint",
-            str(path),
-            "The checkpoint holds pickled objects, which could run any code when read; hesse never writes such.",
-            "Do not trust this file: restore it from where it came from, or train anew with --overwrite.",
+            "It holds pickled objects besides tensors, numbers and texts, which could run any code when read. hesse "
+            "writes no such files and has not read this one.",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(
-            "damaged checkpoint", str(path), f"The checkpoint cannot be read: {error}.", "Train anew with --overwrite."
-        ) from error
+    except (AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise refusal("damaged checkpoint", f"It cannot be read: {reason}.") from error
     if not isinstance(saved, dict):
-        raise InputError(
-            "foreign checkpoint", str(path), "This is no checkpoint of hesse.", "Train anew with --overwrite."
-        )
+        raise refusal("foreign checkpoint", "This is no checkpoint of hesse.")
     return saved

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import accuracy_score, confusion_matrix, r2_score
 from torch import Tensor, nn
 
 from hesse.multimodal import Dataset, Schema
 
-__all__ = ["LOSSES", "SCORES", "evaluate", "outputs", "score"]
+__all__ = ["LOSSES", "SCORES", "evaluate", "known_targets", "outputs", "score"]
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"classification": F.cross_entropy, "regression": F.mse_loss}
 SCORES = {"classification": "accuracy", "regression": "r2"}
@@ -24,6 +23,7 @@ MOST_POINTS = 2000  # of a regression, in the page
 @torch.no_grad()
 def outputs(model: nn.Module, data: Dataset, positions: Tensor, masked: Collection[str] = ()) -> Tensor:
     """The model's outputs [n, outputs] on rows of ``data``, as if the modalities ``masked`` were absent."""
+    was_training = model.training
     model.eval()
     parts = []
     for some in positions.split(ROWS):
@@ -32,18 +32,33 @@ def outputs(model: nn.Module, data: Dataset, positions: Tensor, masked: Collecti
             values, present = inputs[key]
             inputs[key] = (values, torch.zeros_like(present))
         parts.append(model(**inputs))
-    model.train()
+    model.train(was_training)
     return torch.cat(parts)
 
 
-def score(schema: Schema, out: Tensor, targets: Tensor) -> tuple[float, float]:
-    """``(loss, score)``: the training loss, and the accuracy or the coefficient of determination R^2."""
-    loss = float(LOSSES[schema.task](out, targets))
-    if not bool(torch.isfinite(out).all()):  # scikit-learn refuses what a diverged model says
-        return loss, float("nan")
-    if schema.task == "classification":
-        return loss, float(accuracy_score(targets.numpy(), out.argmax(1).numpy()))
-    return loss, float(r2_score(targets.numpy(), out.numpy())) if len(out) > 1 else float("nan")
+def score(task: str, out: Tensor, targets: Tensor) -> float:
+    """Accuracy, or the coefficient of determination R^2; NaN where there is none.
+
+    A model whose outputs are not numbers has no score, and neither has a regression on rows that are all equal.
+
+    Args:
+        task: "classification" or "regression".
+        out: outputs [n, outputs].
+        targets: int64 [n] classes, or [n, 1] values.
+
+    Example:
+        >>> score("classification", torch.eye(3), torch.tensor([0, 1, 1]))
+        0.666...
+        >>> score("regression", torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [3.0]]))
+        0.5
+    """
+    if not bool(torch.isfinite(out).all()):
+        return math.nan
+    if task == "classification":
+        return float((out.argmax(1) == targets).double().mean())
+    out, targets = out.double(), targets.double()
+    spread = float((targets - targets.mean()).square().sum())
+    return 1 - float((out - targets).square().sum()) / spread if spread else math.nan
 
 
 def evaluate(
@@ -51,47 +66,42 @@ def evaluate(
 ) -> dict[str, Any]:
     """The record ``evaluation.json``: score, confusion or predictions, each modality alone and left out."""
     at = positions[part]
-    targets = data.batch(at)[1]
-    assert targets is not None
+    targets = known_targets(data, at)
+
+    def value(masked: Collection[str]) -> float:
+        return score(schema.task, outputs(model, data, at, masked), targets)
+
+    keys = set(schema.modalities)
     out = outputs(model, data, at)
-    loss, value = score(schema, out, targets)
-    keys = list(schema.modalities)
-    result: dict[str, Any] = {
+    record: dict[str, Any] = {
         "part": part,
         "score": SCORES[schema.task],
-        "value": value,
-        "loss": loss,
+        "value": score(schema.task, out, targets),
+        "loss": float(LOSSES[schema.task](out, targets)),
         "n": len(at),
-        "baseline": _baseline(schema, data, positions["train"], targets),
+        "baseline": _baseline(schema, known_targets(data, positions["train"]), targets),
         "modalities": {
-            key: {
-                "alone": _masked(schema, model, data, at, targets, [other for other in keys if other != key]),
-                "without": _masked(schema, model, data, at, targets, [key]),
-            }
-            for key in keys
-            if len(keys) > 1
+            key: {"alone": value(keys - {key}), "without": value({key})} for key in schema.modalities if len(keys) > 1
         },
     }
     if schema.task == "classification":
-        labels = range(len(schema.classes))
-        result["confusion"] = confusion_matrix(targets, out.argmax(1), labels=list(labels)).tolist()
-    else:
-        some = np.unique(np.linspace(0, len(at) - 1, min(len(at), MOST_POINTS)).astype(int))
-        result["actual"] = [schema.mean + schema.scale * v for v in targets[some, 0].tolist()]
-        result["predicted"] = [schema.mean + schema.scale * v for v in out[some, 0].tolist()]
-    return result
+        k = schema.outputs
+        return record | {"confusion": torch.bincount(k * targets + out.argmax(1), minlength=k * k).view(k, k).tolist()}
+    some = torch.arange(0, len(at), -(-len(at) // MOST_POINTS))
+    return record | {
+        "actual": (schema.mean + schema.scale * targets[some, 0].double()).tolist(),
+        "predicted": (schema.mean + schema.scale * out[some, 0].double()).tolist(),
+    }
 
 
-def _masked(
-    schema: Schema, model: nn.Module, data: Dataset, at: Tensor, targets: Tensor, masked: Sequence[str]
-) -> float:
-    return score(schema, outputs(model, data, at, masked), targets)[1]
+def known_targets(data: Dataset, positions: Tensor) -> Tensor:
+    """The targets of rows that were encoded with them."""
+    assert data.targets is not None
+    return data.targets[positions]
 
 
-def _baseline(schema: Schema, data: Dataset, train: Tensor, targets: Tensor) -> float:
+def _baseline(schema: Schema, train: Tensor, targets: Tensor) -> float:
     """The score of always saying what the training rows say most often, or on average."""
-    known = data.batch(train)[1]
-    assert known is not None
     if schema.task == "classification":
-        return float((targets == known.mode().values).float().mean())
-    return float(r2_score(targets, known.mean().expand_as(targets))) if len(targets) > 1 else float("nan")
+        return float((targets == train.mode().values).double().mean())
+    return score("regression", train.mean().expand_as(targets), targets)

@@ -7,36 +7,28 @@ averaged weights of the best epoch, judge them on rows that were held out, write
 from __future__ import annotations
 
 import os
-import platform
-import shlex
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import hesse
-from hesse import check
-from hesse.files import write_json
-from hesse.finding import Finding, InputError
+from hesse.finding import InputError
 from hesse.multimodal import Dataset, FusedModel, Schema, Table, encode, make_schema, read_table
-from hesse.objective import closure
-from hesse.training import checkpoint
-from hesse.training.evaluate import LOSSES, SCORES, evaluate
-from hesse.training.loop import Plan, State, batches, finished, judge, out_of_time, start, take_step
-from hesse.training.optimizers import make_optimizer
-from hesse.training.run import Run, clear, write_model
+from hesse.training import call
+from hesse.training.checkpoint import CHECKPOINT
+from hesse.training.course import Course, beside, follow
+from hesse.training.interrupt import interruptible
+from hesse.training.loop import Plan
+from hesse.training.optimizers import batch_size as usual_batch_size
+from hesse.training.optimizers import refuse_optimizer
+from hesse.training.run import Run, clear, refuse_used
 from hesse.training.screen import Screen
 
 __all__ = ["train"]
 
 EPOCHS = 40
 PATIENCE = 8  # epochs without a better validation loss; the average lags behind, so a few are not yet a verdict
-CHECKED_ROWS = 32  # of the first batch, for the gradient check: derivatives are wrong for few rows as for many
 
 
 def train(
@@ -67,10 +59,11 @@ def train(
         table: a path (CSV, TSV, JSON lines, Parquet) or any data frame with ``__arrow_c_stream__`` (pandas, polars,
             duckdb, pyarrow).
         target: the column to predict: classes, or a number.
-        out: the run folder; by default ``runs/NAME-TARGET``.
+        out: the run folder; by default ``runs/TABLE-TARGET``.
         optimizer: "kfac" (needs no learning rate), "adamw", "adam", "adagrad", "sgd" or "lbfgs".
         lr: learning rate, for those that take one; by default torch's.
-        epochs: most epochs. By default 40, or no limit when ``seconds`` is given.
+        epochs: how many. By default up to 40, fewer when the validation loss has not improved for 8; no limit when
+            ``seconds`` is given.
         seconds: most seconds of training (wall time of the steps; validation is not counted).
         batch_size: rows a step; by default about a 32nd of the training rows, 16 to 512.
         columns: kinds to use instead of those found: column name to "image", "audio", "text", "number", "category"
@@ -80,7 +73,8 @@ def train(
         delimiter: of a CSV file, when it cannot be told.
         skip_bad_rows: leave out rows with unreadable files instead of raising.
         compare: optimisers to train beside it, each from the same start for the same wall time.
-        resume: go on with the run in ``out``: only ``table``, ``target`` and ``epochs``, ``seconds`` matter then.
+        resume: go on with the run in ``out``, with the same table and settings; ``epochs``, ``seconds`` and
+            ``compare`` may ask for more than before.
         overwrite: replace a run that is in ``out``.
         seed: of split, initial weights, order of rows.
         notes: sentences to show at the top of the page.
@@ -90,8 +84,10 @@ def train(
         The run: ``.predict(table)``, ``.report()``, ``.evaluation``, ``.folder``.
 
     Raises:
-        InputError: the table or an argument cannot be used; nothing is half-written.
+        InputError: the table or an argument cannot be used, and nothing has been written; or training diverged
+            in its first epoch, and there is no model.
         KeyboardInterrupt: after the state has been saved; ``resume=True`` goes on, and ends as if never interrupted.
+            The message says how.
 
     Example:
         >>> import tempfile, pyarrow
@@ -101,274 +97,140 @@ def train(
         ...     run.evaluation["value"], run.predict(table)["species"][:2].to_pylist()
         (1.0, ['cat', 'dog'])
     """
+    if resume and overwrite:
+        raise InputError("two wishes", "resume, overwrite", "A run is resumed or replaced, not both.", "Choose one.")
+    given = call.given(
+        out=out,
+        optimizer=optimizer,
+        lr=lr,
+        epochs=epochs,
+        seconds=seconds,
+        batch_size=batch_size,
+        columns=columns,
+        split_column=split_column,
+        data_root=data_root,
+        delimiter=delimiter,
+        skip_bad_rows=skip_bad_rows,
+        compare=compare,
+        seed=seed,
+    )
+    folder = call.default_folder(table, target) if out is None else Path(out)
     screen = Screen(quiet=not verbose)
-    if compare and resume:
-        raise InputError("two wishes", "compare", "A resumed run keeps its comparison.", "Leave out compare.")
-    source = read_table(table, delimiter=delimiter)
-    folder = Path(out) if out is not None else Path("runs") / f"{Path(source.name).stem}-{target}"
-    root = Path(data_root) if data_root is not None else source.folder or Path.cwd()
-
-    if resume:
-        config, schema, parts = _resumed(folder, source, root, target, epochs, seconds)
+    resumed = Run(folder) if resume else None
+    if resumed is None:
+        refuse_used(folder, overwrite)
     else:
-        _refuse_used(folder, overwrite)
-        for name in (optimizer, *compare):
-            make_optimizer(name, torch.nn.Linear(1, 1), lr if name == optimizer else None)  # refuse before reading
-        overrides = dict(columns or {})
-        schema, parts = make_schema(
-            source, target, overrides=overrides, split_column=split_column, root=root, seed=seed
-        )
-        call = {
-            "table": str(table) if isinstance(table, str | os.PathLike) else source.name,
-            "target": target,
-            "out": str(folder),
-            "optimizer": optimizer,
-            "lr": lr,
-            "epochs": epochs,
-            "seconds": seconds,
-            "batch_size": batch_size,
-            "columns": overrides,
-            "split_column": split_column,
-            "data_root": None if data_root is None else str(data_root),
-            "delimiter": delimiter,
-            "skip_bad_rows": skip_bad_rows,
-            "compare": list(compare),
-            "seed": seed,
-        }
-        config = _config(call, schema, source, notes)
-    screen.columns(schema, source.name, len(source))
+        given = call.extended(resumed.config, given, folder)
+    settings = call.DEFAULTS | given
+    refuse_optimizer(settings["optimizer"], settings["lr"])
+    for name in settings["compare"]:
+        refuse_optimizer(name)
 
+    source = read_table(table, delimiter=settings["delimiter"])
+    root = Path(settings["data_root"]) if settings["data_root"] else source.folder or Path.cwd()
+    schema, parts = make_schema(
+        source,
+        target,
+        overrides=settings["columns"],
+        split_column=settings["split_column"],
+        root=root,
+        seed=settings["seed"],
+    )
+    if resumed is not None:
+        _refuse_other_table(resumed, schema, source)
+    screen.columns(schema, source.name, len(source))
     with screen.decoding("reading files") as progress:
-        data = encode(schema, source, root=root, skip_bad_rows=config["skip_bad_rows"], progress=progress)
-    plan = _plan(config, schema, data, parts)
-    if overwrite and not resume:
+        data = encode(schema, source, root=root, skip_bad_rows=settings["skip_bad_rows"], progress=progress)
+    plan = _plan(settings, schema, data, parts, source.name)
+
+    begun = call.record(schema, source) | {"notes": list(notes)} if resumed is None else resumed.config
+    config = begun | call.repeated(table, target, given) | settings | _decided(plan)
+    if overwrite:
         clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _own_random_numbers(), _interruptible() as interrupted:
-        state = _started(config, plan, screen)
-        config["parameters"] = sum(p.numel() for p in state.model.parameters())
-        if resume:
-            checkpoint.restore(folder, state)
-        write_json(folder / "columns.json", schema.to_json())
-        _train(folder, config, plan, state, screen, interrupted)
-        if not resume:
-            for name in config["compare"]:
-                _beside(folder, config, plan, state.seconds, name, screen, interrupted)
+    course = Course(folder, config, plan)
+    try:
+        with torch.random.fork_rng(devices=[]), interruptible() as interrupted, course.recorded():
+            state = follow(course, screen, interrupted)
+            for name in settings["compare"] if state.best else ():
+                screen.say(f"for comparison: {name} at its default rate for the same {state.seconds:.1f} s")
+                other = beside(course, name, state.seconds)
+                with other.recorded():
+                    follow(other, screen, interrupted, checked=False)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(folder, table, target, given)) from None
     run = Run(folder)
-    screen.done(run.evaluation, run.report(), state)
+    report = run.report()
+    if not state.best:
+        raise InputError(
+            "diverged",
+            settings["optimizer"],
+            f"The validation loss was never a number, so there is no model; {report} shows what happened.",
+            "Give a lower --lr, or use kfac, which finds its own."
+            if settings["lr"] is not None
+            else "Look for extreme values in the columns, or use another --optimizer.",
+        )
+    screen.done(run.evaluation, schema, state, report)
     return run
 
 
-def _train(
-    folder: Path, config: dict[str, Any], plan: Plan, state: State, screen: Screen, interrupted: threading.Event
-) -> None:
-    """From wherever ``state`` is to the end, with everything on disk after each epoch."""
-    write_json(folder / "config.json", {**config, "status": "running"})
-    with state.monitor, screen.training(plan, config["optimizer"]) as bar:
-        while not finished(plan, state):
-            order, hidden = batches(plan, state.epoch)
-            for rows, mask in list(zip(order, hidden.split(plan.batch_size), strict=True))[state.batch :]:
-                bar.step(state, take_step(plan, state, rows, mask))
-                if interrupted.is_set():
-                    checkpoint.save(folder, state)
-                    write_json(folder / "config.json", {**config, "status": "interrupted"})
-                    raise KeyboardInterrupt
-                if out_of_time(plan, state):
-                    break
-            bar.epoch(judge(plan, state), SCORES[plan.schema.task])
-            checkpoint.save(folder, state)
-            write_model(folder, state.best)
-    part = "test" if len(plan.positions["test"]) else "valid"
-    best = state.average.module
-    current = {name: tensor.clone() for name, tensor in best.state_dict().items()}
-    best.load_state_dict(state.best)
-    write_json(folder / "evaluation.json", evaluate(plan.schema, best, plan.data, plan.positions, part))
-    best.load_state_dict(current)
-    write_json(folder / "config.json", {**config, "status": "finished"})
-
-
-def _beside(
-    folder: Path,
-    config: dict[str, Any],
-    plan: Plan,
-    seconds: float,
-    name: str,
-    screen: Screen,
-    interrupted: threading.Event,
-) -> None:
-    """Train another optimiser from the same start for the same wall time, into ``compare/NAME``."""
-    other = {**config, "optimizer": name, "lr": None, "epochs": None, "seconds": seconds, "compare": []}
-    timed = Plan(plan.schema, plan.data, plan.positions, plan.batch_size, plan.seed, None, seconds, patience=None)
-    state = _started(other, timed, None)
-    place = folder / "compare" / name
-    place.mkdir(parents=True, exist_ok=True)
-    screen.say(f"for comparison: {name} at its default rate for the same {seconds:.1f} s")
-    _train(place, other, timed, state, screen, interrupted)
-
-
-def _started(config: dict[str, Any], plan: Plan, screen: Screen | None) -> State:
-    """Model, optimiser and state from the seed; with a screen, the gradients are checked before the first step."""
-    torch.manual_seed(config["seed"])
-    model = FusedModel(plan.schema.model_settings(), plan.schema.outputs)
-    earlier: list[Finding] = []
-    if screen is not None:
-        inputs, targets = plan.data.batch(plan.positions["train"][:CHECKED_ROWS])
-        report = check.gradients(closure(model, LOSSES[plan.schema.task], (inputs, targets)))
-        screen.gradient_check(report)
-        earlier = [*plan.data.findings, *report.findings]
-        screen.findings(plan.data.findings)
-    return start(model, make_optimizer(config["optimizer"], model, config["lr"]), earlier)
-
-
-def _plan(config: dict[str, Any], schema: Schema, data: Dataset, parts: Mapping[str, Any]) -> Plan:
+def _plan(settings: Mapping[str, Any], schema: Schema, data: Dataset, parts: Mapping[str, Any], table: str) -> Plan:
+    """What was asked for, and where nothing was asked, what suits the number of rows."""
     positions = {name: data.positions(rows) for name, rows in parts.items()}
     for name in ("train", "valid"):
         if not len(positions[name]):
             raise InputError(
                 "no rows left",
-                config["table"],
+                table,
                 f"No row of the {name} part could be read.",
-                "Mend the unreadable rows that the findings list.",
+                "Mend the unreadable rows: without --skip-bad-rows the first of them is named.",
             )
-    config["split"] = {name: len(at) for name, at in positions.items()}
-    if config["batch_size"] is None:
-        config["batch_size"] = _batch_size(len(positions["train"]))
-    if config["epochs"] is None and config["seconds"] is None:
-        config["epochs"] = EPOCHS
-    patience = PATIENCE if config["seconds"] is None else None
+    free = settings["epochs"] is None and settings["seconds"] is None
     return Plan(
         schema,
         data,
         positions,
-        config["batch_size"],
-        config["seed"],
-        config["epochs"],
-        config["seconds"],
-        patience,
+        batch_size=settings["batch_size"] or usual_batch_size(settings["optimizer"], len(positions["train"])),
+        seed=settings["seed"],
+        epochs=EPOCHS if free else settings["epochs"],
+        seconds=settings["seconds"],
+        patience=PATIENCE if free else None,
     )
 
 
-def _batch_size(rows: int) -> int:
-    """The power of two next to a 32nd of the rows, 16 to 512: an epoch is about 32 steps."""
-    return min(512, max(16, 1 << (max(1, rows // 32) - 1).bit_length()))
-
-
-def _config(call: dict[str, Any], schema: Schema, source: Table, notes: Sequence[str]) -> dict[str, Any]:
-    """The record ``config.json``: the call, the versions, and how to repeat it."""
+def _decided(plan: Plan) -> dict[str, Any]:
+    """What ``config.json`` says about the plan."""
+    with torch.random.fork_rng(devices=[]):
+        model = FusedModel(plan.schema.model_settings(), plan.schema.outputs)
     return {
-        "hesse": hesse.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _command(call),
-        "python_call": _python(call),
-        **call,
-        "rows": len(source),
-        "task": schema.task,
-        "classes": list(schema.classes),
-        "modalities": [
-            {
-                "key": key,
-                "name": columns[0].name if key != "columns" else "columns",
-                "kind": columns[0].kind if key != "columns" else "columns",
-            }
-            for key, columns in schema.modalities.items()
-        ],
-        "notes": list(notes),
+        "batch_size": plan.batch_size,
+        "epochs": plan.epochs,
+        "patience": plan.patience,
+        "split": {name: len(at) for name, at in plan.positions.items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 
-def _given(call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that were not left at their defaults, table and target apart."""
-    return {name: v for name, v in call.items() if name not in ("table", "target") and v not in (None, {}, [], False)}
-
-
-def _command(call: dict[str, Any]) -> str:
-    words = ["hesse", "train", call["table"], "--target", call["target"]]
-    for name, value in _given(call).items():
-        option = "--" + name.replace("_", "-")
-        if name == "columns":
-            words += [word for column, kind in value.items() for word in ("--column", f"{column}={kind}")]
-        elif isinstance(value, list):
-            words += [word for item in value for word in (option, item)]
-        else:
-            words += [option] if value is True else [option, str(value)]
-    return shlex.join(words)
-
-
-def _python(call: dict[str, Any]) -> str:
-    arguments = [repr(call["table"]), f"target={call['target']!r}"]
-    return f"hesse.train({', '.join(arguments + [f'{name}={value!r}' for name, value in _given(call).items()])})"
-
-
-def _refuse_used(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError("not a folder", str(folder), "The place for the run is a file.", "Choose another --out.")
-    if (folder / "config.json").exists() and not overwrite:
-        raise InputError(
-            "run exists",
-            str(folder),
-            "There is a run in this folder already.",
-            "Go on with it (--resume), replace it (--overwrite), or choose another --out.",
-        )
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise InputError(
-            "folder in use",
-            str(folder),
-            "The folder holds other files, among which a run would get lost.",
-            "Choose a new or empty folder.",
-        )
-
-
-def _resumed(
-    folder: Path, source: Table, root: Path, target: str, epochs: int | None, seconds: float | None
-) -> tuple[dict[str, Any], Schema, Mapping[str, Any]]:
-    """Configuration and schema as they were; the rows' parts are drawn again, from the same seed."""
-    run = Run(folder)
-    config = run.config
-    if (target, len(source)) != (config["target"], config["rows"]):
-        raise InputError(
-            "another table",
-            source.name,
-            f"The run was trained on {config['rows']} rows to predict {config['target']!r}; "
-            f"this is {len(source)} rows and {target!r}.",
-            "Resume with the table and target of the run, or train anew with another --out.",
-        )
-    _, parts = make_schema(
-        source,
-        target,
-        overrides=config["columns"],
-        split_column=config["split_column"],
-        root=root,
-        seed=config["seed"],
-    )
-    if epochs is not None or seconds is not None:
-        config |= {"epochs": epochs, "seconds": seconds}
-    return config, run.schema, parts
-
-
-@contextmanager
-def _own_random_numbers() -> Iterator[None]:
-    """Leave the caller's random generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that the step under way is finished and saved; a second Ctrl-C stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield event
+def _refuse_other_table(run: Run, schema: Schema, source: Table) -> None:
+    """A run goes on with the rows it began with: rows, target, and every count and statistic must be as they were."""
+    if run.schema.target != schema.target:
+        what = f"the target was '{run.schema.target}' and is '{schema.target}'"
+    elif run.config["rows"] != len(source):
+        what = f"it had {run.config['rows']} rows and has {len(source)}"
+    elif run.schema != schema:
+        changed = [now.name for now, then in zip(schema.columns, run.schema.columns, strict=False) if now != then]
+        what = f"the columns have changed ({', '.join(changed[:5]) or 'their number'})"
+    else:
         return
+    raise InputError(
+        "another table",
+        source.name,
+        f"This is not what the run was trained on: {what}.",
+        "Resume with the table and target of the run, or train anew with another --out.",
+    )
 
-    def note(*_: object) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _how_to_go_on(folder: Path, table: Any, target: str, given: Mapping[str, Any]) -> str:
+    saved = (folder / CHECKPOINT).exists()
+    again = call.repeated(table, target, {**given, "out": str(folder), "resume" if saved else "overwrite": True})
+    how = again["command"] if isinstance(table, str | os.PathLike) else again["python_call"]
+    return f"The run is saved. Go on with: {how}" if saved else f"Nothing was saved yet. Start again with: {how}"

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from hesse import tree
 from hesse.finding import Finding
 from hesse.health.monitor import Monitor
 from hesse.multimodal import Dataset, FusedModel, Schema
 from hesse.objective import closure
-from hesse.training.evaluate import LOSSES, outputs, score
+from hesse.training.average import averaged
+from hesse.training.evaluate import LOSSES, known_targets, outputs, score
 
-__all__ = ["Plan", "State", "batches", "finished", "judge", "out_of_time", "start", "take_step"]
+__all__ = ["Plan", "State", "batches", "diverged", "finished", "judge", "out_of_time", "start", "take_step"]
 
-MEMORY = 0.99  # of the averaged weights, in steps: 100
 MODALITY_DROPOUT = 0.1  # so that the head has met absent modalities before prediction does
 MOST_STEPS_KEPT = 1000
 TUNED = ("damping", "lr", "momentum", "rejections", "trust_ratio")
@@ -53,7 +54,17 @@ class Plan:
 
 @dataclass
 class State:
-    """What changes: the model and its average, the optimiser, the position, the best so far and the records."""
+    """What changes: the model and its average, the optimiser, the position, the best so far and the records.
+
+    Attributes:
+        epoch, batch, step: how many were completed; ``batch`` of the epoch under way.
+        seconds: of training, evaluation not counted.
+        loss_sum: over the rows of the epoch under way.
+        best_loss, best_epoch, best: the averaged weights with the lowest validation loss; none before that was a
+            number.
+        metrics, steps: rows of ``metrics.jsonl`` and ``steps.jsonl``.
+        earlier: findings in the data and the gradients, before the first step.
+    """
 
     model: FusedModel
     average: AveragedModel
@@ -77,27 +88,20 @@ class State:
         return [*self.earlier, *self.monitor.findings]
 
 
-def start(model: FusedModel, optimizer: torch.optim.Optimizer, earlier: list[Finding]) -> State:
-    """The state before the first step; ``earlier`` are the findings made until then."""
-
-    def average_(averaged: Any, current: Any, count: Tensor | int) -> None:
-        """Exponential average with memory n / (n + 10) at first: early weights are soon forgotten."""
-        n = int(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(MEMORY, (1 + n) / (10 + n)))
-
-    average = AveragedModel(model, multi_avg_fn=average_)
-    return State(model, average, optimizer, Monitor(model), earlier=earlier)
+def start(model: FusedModel, optimizer: torch.optim.Optimizer) -> State:
+    """The state before the first step."""
+    return State(model, averaged(model), optimizer, Monitor(model))
 
 
-def batches(plan: Plan, epoch: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The rows of each batch of an epoch, and [n, modalities]: which modalities are hidden from which of these rows."""
+def batches(plan: Plan, epoch: int) -> list[tuple[Tensor, Tensor]]:
+    """The batches of an epoch: positions [b] of their rows, and bool [b, modalities], what is hidden from which row."""
     generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + epoch)
     rows = plan.positions["train"]
     order = rows[torch.randperm(len(rows), generator=generator)]
     modalities = len(plan.schema.modalities)
-    hidden = torch.rand(len(order), modalities, generator=generator) < MODALITY_DROPOUT * (modalities > 1)
+    hidden = torch.rand(len(order), modalities, generator=generator) < MODALITY_DROPOUT
     hidden &= ~hidden.all(1, keepdim=True)  # something must be left to learn from
-    return order.split(plan.batch_size), hidden
+    return list(zip(order.split(plan.batch_size), hidden.split(plan.batch_size), strict=True))
 
 
 def take_step(plan: Plan, state: State, rows: Tensor, hidden: Tensor) -> float:
@@ -115,10 +119,8 @@ def take_step(plan: Plan, state: State, rows: Tensor, hidden: Tensor) -> float:
     state.seconds += time.perf_counter() - began
     state.monitor.step(loss=loss)
     group = state.optimizer.param_groups[0]
-    state.steps.append(
-        {"step": state.step, "seconds": state.seconds, "loss": loss}
-        | {name: float(group[name]) for name in TUNED if name in group}
-    )
+    tuned = {name: float(group[name]) for name in TUNED if name in group}
+    _keep(state.steps, {"step": state.step, "seconds": state.seconds, "loss": loss, **tuned})
     return loss
 
 
@@ -126,10 +128,9 @@ def judge(plan: Plan, state: State) -> dict[str, Any]:
     """End an epoch: validate the averaged model, keep it if it is the best, and return the row of ``metrics.jsonl``."""
     seen = min(state.batch * plan.batch_size, len(plan.positions["train"]))
     valid = plan.positions["valid"]
-    targets = plan.data.batch(valid)[1]
-    assert targets is not None
-    loss, value = score(plan.schema, outputs(state.average.module, plan.data, valid), targets)
-    better = loss < state.best_loss or not state.best
+    out, targets = outputs(state.average.module, plan.data, valid), known_targets(plan.data, valid)
+    loss = float(LOSSES[plan.schema.task](out, targets))
+    better = loss < state.best_loss
     state.epoch += 1
     if better:
         state.best_loss, state.best_epoch = loss, state.epoch
@@ -138,32 +139,40 @@ def judge(plan: Plan, state: State) -> dict[str, Any]:
         "epoch": state.epoch,
         "step": state.step,
         "seconds": state.seconds,
-        "train_loss": state.loss_sum / max(seen, 1),
+        "train_loss": state.loss_sum / seen,
         "valid_loss": loss,
-        "valid_score": value,
+        "valid_score": score(plan.schema.task, out, targets),
         "best": better,
     }
     state.metrics.append(row)
-    state.steps = _thinned(state.steps)
     state.batch, state.loss_sum = 0, 0.0
     return row
 
 
 def finished(plan: Plan, state: State) -> bool:
-    """Whether the run is over: epochs or seconds used up, or no better validation loss for long enough."""
+    """Whether the run is over: epochs or seconds used up, no better validation loss for long enough, or diverged."""
     return (
         (plan.epochs is not None and state.epoch >= plan.epochs)
         or out_of_time(plan, state)
         or (plan.patience is not None and state.epoch - state.best_epoch >= plan.patience)
+        or diverged(state)
     )
 
 
 def out_of_time(plan: Plan, state: State) -> bool:
+    """Whether the seconds of the plan are used up, be it within an epoch."""
     return plan.seconds is not None and state.seconds >= plan.seconds
 
 
-def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every other row, once there are more than a page can show; the ends stay."""
-    if len(rows) <= MOST_STEPS_KEPT:
-        return rows
-    return rows[:-1:2] + rows[-1:]
+def diverged(state: State) -> bool:
+    """Whether weights are no numbers any more: no later step can mend that."""
+    return not tree.is_finite(list(state.model.parameters()))
+
+
+def _keep(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Append a step: every one at first, then every second, fourth, ... of all, never more than a page can show."""
+    stride = 1 << ((row["step"] - 1) // MOST_STEPS_KEPT).bit_length()
+    if (row["step"] - 1) % stride == 0:
+        rows.append(row)
+    if len(rows) > MOST_STEPS_KEPT:
+        rows[:] = [kept for kept in rows if (kept["step"] - 1) % stride == 0]

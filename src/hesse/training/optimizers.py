@@ -5,8 +5,8 @@ To add one: a line here. ``lr`` None means the optimiser's own default, which fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from hesse.finding import InputError
 from hesse.optim import KFAC
 
-__all__ = ["OPTIMIZERS", "make_optimizer"]
+__all__ = ["OPTIMIZERS", "batch_size", "make_optimizer", "refuse_optimizer"]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "kfac": lambda model: KFAC(model),
@@ -26,32 +26,43 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "lbfgs": lambda model, **lr: torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe", **lr),
 }
 SELF_TUNING = ("kfac",)
+DETERMINISTIC = {"lbfgs": 4096}  # rows at most; these take the difference of two batches for curvature, and diverge
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
-    """The optimiser called ``name`` for the parameters of ``model``.
-
-    Raises:
-        InputError: there is none of that name; or a learning rate for one that finds its own, or one that is not
-        positive.
-    """
+def refuse_optimizer(name: str, lr: float | None = None) -> None:
+    """Raise :class:`InputError` unless there is an optimiser of that name that takes such a learning rate."""
     if name not in OPTIMIZERS:
         raise InputError(
             "no such optimizer",
             "optimizer",
             f"There is no optimizer {name!r}.",
             f"Choose from {', '.join(OPTIMIZERS)}.",
+            name,
         )
     if lr is None:
-        return OPTIMIZERS[name](model)
+        return
     if name in SELF_TUNING:
-        raise InputError(
-            "unused learning rate",
-            "lr",
-            f"{name} finds its own learning rate at every step; got {lr}.",
-            "Leave out lr.",
-        )
-    if not lr > 0:
-        raise InputError("bad learning rate", "lr", f"A learning rate must be positive; got {lr}.", "Try 0.001.")
-    options: dict[str, Any] = {"lr": lr}
-    return OPTIMIZERS[name](model, **options)
+        message = f"{name} finds its own learning rate at every step; got {lr}."
+        raise InputError("unused learning rate", "lr", message, "Leave out lr, or choose another optimizer.", lr)
+    if not 0 < lr < math.inf:
+        message = f"A learning rate must be a positive number; got {lr}."
+        raise InputError("bad learning rate", "lr", message, "Try 0.001, or leave it out.", lr)
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
+    """The optimiser called ``name`` for the parameters of ``model``, at its own default rate if ``lr`` is None."""
+    return OPTIMIZERS[name](model) if lr is None else OPTIMIZERS[name](model, lr=lr)
+
+
+def batch_size(name: str, rows: int) -> int:
+    """Rows a step when none are asked for: the power of two next to a 32nd of ``rows``, 16 to 512.
+
+    An epoch is then about 32 steps. A method made for deterministic functions gets all rows, up to 4096.
+
+    Example:
+        >>> batch_size("kfac", 1437), batch_size("kfac", 20), batch_size("lbfgs", 1437)
+        (64, 16, 1437)
+    """
+    if name in DETERMINISTIC:
+        return min(rows, DETERMINISTIC[name])
+    return min(512, max(16, 1 << (max(1, rows // 32) - 1).bit_length()))

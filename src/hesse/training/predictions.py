@@ -12,26 +12,30 @@ import pyarrow.parquet
 from hesse.files import atomic_path, write_lines
 from hesse.finding import InputError
 
-__all__ = ["write_predictions"]
+__all__ = ["refuse_path", "write_predictions"]
+
+ENDINGS = (".csv", ".jsonl", ".ndjson", ".parquet")
+
+
+def refuse_path(path: Path, table: Path) -> None:
+    """Raise :class:`InputError` if predictions on ``table`` cannot or should not be written to ``path``."""
+    ending = path.suffix.lower()
+    if ending not in ENDINGS:
+        message = f"Predictions cannot be written as {ending!r}." if ending else "The name has no ending."
+        raise InputError("unknown format", str(path), message, "Use .csv, .jsonl or .parquet.", ending)
+    if path.is_dir():
+        raise InputError("not a file", str(path), "This is a folder.", "Name a file in it.")
+    if path.exists() and table.exists() and path.samefile(table):
+        message = "The predictions would replace the table that is read."
+        raise InputError("same file", str(path), message, "Choose another --out.")
 
 
 def write_predictions(predictions: pa.Table, path: Path | None) -> None:
-    """Write a table to ``path``, or as CSV to stdout.
-
-    Raises:
-        InputError: the ending is not .csv, .jsonl, .ndjson or .parquet.
-    """
+    """Write a table to a file with one of the endings that :func:`refuse_path` lets pass, or as CSV to stdout."""
     if path is None:
         pyarrow.csv.write_csv(predictions, sys.stdout.buffer)
         return
     ending = path.suffix.lower()
-    if ending not in (".csv", ".jsonl", ".ndjson", ".parquet"):
-        raise InputError(
-            "unknown format",
-            str(path),
-            f"Predictions cannot be written as {ending!r}.",
-            "Use .csv, .jsonl or .parquet.",
-        )
     if ending in (".jsonl", ".ndjson"):
         write_lines(path, predictions.to_pylist())
         return

@@ -36,10 +36,9 @@ from hesse.training.evaluate import outputs
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Run"]
+__all__ = ["Run", "clear", "refuse_used", "write_model"]
 
 RECORDS = (
-    "config.json",
     "columns.json",
     "model.safetensors",
     "checkpoint.pt",
@@ -49,7 +48,18 @@ RECORDS = (
     "findings.json",
     "evaluation.json",
     "report.html",
+    "config.json",  # last to go: it is what makes a folder a run folder
 )
+CONFIG = (
+    "status",
+    "target",
+    "optimizer",
+    "arguments",
+    "command",
+    "rows",
+    "seed",
+)  # what this version cannot do without
+ANEW = "Put the file back that hesse wrote, or train anew with --overwrite."
 MOST_PROBABILITIES = 20  # columns of a prediction
 
 
@@ -68,12 +78,15 @@ class Run:
         try:
             self.config: dict[str, Any] = read_json(self.folder / "config.json")
             self.schema = Schema.from_json(read_json(self.folder / "columns.json"))
+            for key in CONFIG:
+                self.config[key]
         except (OSError, ValueError, KeyError, TypeError) as error:
+            lacking = "The folder holds no config.json and columns.json of hesse, which every run has."
             raise InputError(
                 "not a run folder",
                 str(self.folder),
-                "The folder holds no readable config.json and columns.json, which every run has.",
-                "Give the folder that hesse train named with --out.",
+                lacking if self.folder.is_dir() else "There is no such folder.",
+                "Give the folder that hesse train wrote (--out).",
             ) from error
 
     def __repr__(self) -> str:
@@ -92,19 +105,30 @@ class Run:
         return read_json(path) if path.exists() else []
 
     def model(self) -> nn.Module:
-        """The trained model: averaged weights of the best epoch, in eval mode."""
+        """The trained model: averaged weights of the best epoch, in eval mode.
+
+        Raises:
+            InputError: there is none yet, or the file is damaged or of another model.
+        """
         path = self.folder / "model.safetensors"
-        model = FusedModel(self.schema.model_settings(), self.schema.outputs)
         try:
-            model.load_state_dict(load_file(path))
+            weights = load_file(path)
         except FileNotFoundError as error:
             raise InputError(
-                "no model", str(path), "The run has no model yet.", "Let it finish an epoch: hesse train --resume."
+                "no model",
+                str(path),
+                "The run has no model: no epoch was completed, or the file was removed.",
+                f"Let it finish: {self.config['command']} --resume",
             ) from error
-        except (SafetensorError, RuntimeError) as error:
-            raise InputError(
-                "damaged model", str(path), f"The weights cannot be read: {error}.", "Train the run anew."
-            ) from error
+        except (SafetensorError, OSError) as error:
+            raise InputError("damaged model", str(path), f"The weights cannot be read: {error}.", ANEW) from error
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and overwritten at once
+            model = FusedModel(self.schema.model_settings(), self.schema.outputs)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            message = "The weights are those of another model than columns.json describes."
+            raise InputError("foreign model", str(path), message, ANEW) from error
         return model.eval()
 
     def predict(
@@ -135,7 +159,7 @@ class Run:
         source = read_table(table, delimiter=delimiter)
         root = Path(data_root) if data_root is not None else source.folder or Path.cwd()
         data = encode(self.schema, source, root=root, skip_bad_rows=skip_bad_rows, with_target=False, progress=progress)
-        out = outputs(self.model().eval(), data, torch.arange(len(data)))
+        out = outputs(self.model(), data, torch.arange(len(data)))
         rows = data.rows.tolist()
 
         def whole(values: list[Any]) -> list[Any]:
@@ -144,18 +168,16 @@ class Run:
                 column[row] = value
             return column
 
-        target = self.config["target"]
+        target = self.schema.target
         if self.schema.task == "regression":
             return pa.table({target: whole((self.schema.mean + self.schema.scale * out[:, 0].double()).tolist())})
         probability = out.double().softmax(1)
         best = probability.max(1)
-        columns = {
-            target: whole([self.schema.classes[i] for i in best.indices.tolist()]),
-            "confidence": whole(best.values.tolist()),
-        }
+        columns = {target: whole([self.schema.classes[i] for i in best.indices.tolist()])}
+        columns[_unlike(target, "confidence")] = whole(best.values.tolist())
         if len(self.schema.classes) <= MOST_PROBABILITIES:
             for i, name in enumerate(self.schema.classes):
-                columns[f"probability of {name}"] = whole(probability[:, i].tolist())
+                columns[_unlike(target, f"probability of {name}")] = whole(probability[:, i].tolist())
         return pa.table(columns)
 
     def report(self) -> Path:
@@ -171,9 +193,45 @@ def write_model(folder: Path, weights: dict[str, Tensor]) -> None:
         save_file({name: t.contiguous() for name, t in weights.items()}, temporary, metadata={"format": "pt"})
 
 
+def refuse_used(folder: Path, overwrite: bool) -> None:
+    """Raise unless a run may be written into ``folder``: new, empty, or a run to overwrite."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError("not a folder", str(folder), "The place for the run is a file.", "Choose another --out.")
+    is_run = _is_run(folder)
+    if is_run and not overwrite:
+        raise InputError(
+            "run exists",
+            str(folder),
+            "There is a run in this folder already.",
+            "Go on with it (--resume), replace it (--overwrite), or choose another --out.",
+        )
+    if folder.is_dir() and not is_run and any(folder.iterdir()):
+        raise InputError(
+            "folder in use",
+            str(folder),
+            "The folder holds other files, among which a run would get lost.",
+            "Choose a new or empty folder with --out.",
+        )
+
+
 def clear(folder: Path) -> None:
-    """Remove a run's own files from ``folder``, and nothing else."""
-    for name in RECORDS:
-        (folder / name).unlink(missing_ok=True)
+    """Remove a run's own files from ``folder``, what a crash left half-written among them, and nothing else."""
     if (folder / "compare").is_dir():
         shutil.rmtree(folder / "compare")
+    for name in RECORDS:
+        for left in folder.glob(f".{name}.*"):
+            left.unlink()
+        (folder / name).unlink(missing_ok=True)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether ``config.json`` is hesse's own: other programs keep files of that name, and their models, too."""
+    try:
+        return "hesse" in read_json(folder / "config.json")
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _unlike(target: str, name: str) -> str:
+    """``name``, unless the target is called so."""
+    return f"{name}_" if name == target else name

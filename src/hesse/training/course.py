@@ -1,0 +1,162 @@
+"""One course of training: from wherever its folder stands to the end of its plan, with everything on disk.
+
+A new run is a course in an empty folder; a resumed one finds a checkpoint there; an optimiser trained for comparison is
+a course of its own in a folder of its own. The three differ in nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hesse import check
+from hesse.files import write_json
+from hesse.finding import Finding
+from hesse.multimodal import FusedModel
+from hesse.objective import closure
+from hesse.training import checkpoint
+from hesse.training.evaluate import LOSSES, evaluate
+from hesse.training.loop import (
+    Plan,
+    State,
+    batches,
+    diverged,
+    finished,
+    judge,
+    out_of_time,
+    start,
+    take_step,
+)
+from hesse.training.optimizers import batch_size, make_optimizer
+from hesse.training.run import Run, write_model
+from hesse.training.screen import Screen
+
+__all__ = ["Course", "beside", "follow"]
+
+CHECKED_ROWS = 32  # of the first batch, for the gradient check: derivatives are wrong for few rows as for many
+
+SAVED = 1.0  # seconds between saves, at the ends of epochs; one takes about 40 ms, as long as a short epoch
+
+
+@dataclass(frozen=True)
+class Course:
+    """Where the records go, what ``config.json`` says, and the plan."""
+
+    folder: Path
+    config: dict[str, Any]
+    plan: Plan
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Write the configuration and the schema, with a status that stays true: running, interrupted, finished."""
+        self._write("running")
+        write_json(self.folder / "columns.json", self.plan.schema.to_json())
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._write("interrupted")
+            raise
+        self._write("finished")
+
+    def _write(self, status: str) -> None:
+        write_json(self.folder / "config.json", {**self.config, "status": status})
+
+
+def beside(course: Course, name: str, seconds: float) -> Course:
+    """Another optimiser at its default rate, from the same start, for the same wall time, in ``compare/NAME``."""
+    terms: dict[str, Any] = {"epochs": None, "seconds": seconds, "patience": None}
+    if "batch_size" not in course.config["arguments"]:
+        terms["batch_size"] = batch_size(name, len(course.plan.positions["train"]))
+    config = {**course.config, "optimizer": name, "lr": None, "compare": [], **terms}
+    return Course(course.folder / "compare" / name, config, replace(course.plan, **terms))
+
+
+def follow(course: Course, screen: Screen, interrupted: threading.Event, checked: bool = True) -> State:
+    """Train to the end of the plan, and judge the model that is kept.
+
+    Args:
+        course: what to train and where to keep it.
+        screen: shows progress.
+        interrupted: looked at after each step.
+        checked: whether to check the gradients before the first step.
+
+    Raises:
+        KeyboardInterrupt: ``interrupted`` was set; the state has been saved.
+    """
+    folder, plan = course.folder, course.plan
+    state = _begin(course, screen, checked)
+    if state.step and finished(plan, state):
+        screen.say("nothing is left to train; more --epochs or --seconds would go on")
+    saved = time.monotonic()
+    with state.monitor, screen.training(plan, course.config["optimizer"]) as bar:
+        while not finished(plan, state):
+            for rows, hidden in batches(plan, state.epoch)[state.batch :]:
+                loss = take_step(plan, state, rows, hidden)
+                bar.step(state, loss)
+                if interrupted.is_set():
+                    _save(folder, state)
+                    raise KeyboardInterrupt
+                if out_of_time(plan, state) or (not math.isfinite(loss) and diverged(state)):
+                    break
+            bar.epoch(judge(plan, state))
+            if time.monotonic() - saved >= SAVED:
+                _save(folder, state)
+                saved = time.monotonic()
+    _save(folder, state)
+    if state.best:
+        part = "test" if len(plan.positions["test"]) else "valid"
+        # The model as it lies on disk is judged: it is what predicts.
+        record = evaluate(plan.schema, Run(folder).model(), plan.data, plan.positions, part)
+        write_json(folder / "evaluation.json", record)
+    return state
+
+
+def _save(folder: Path, state: State) -> None:
+    if state.best:
+        write_model(folder, state.best)
+    checkpoint.save(folder, state)
+
+
+def _begin(course: Course, screen: Screen, checked: bool) -> State:
+    """Model, optimiser and state from the seed, or from the checkpoint if there is one."""
+    plan = course.plan
+    torch.default_generator.manual_seed(plan.seed)  # torch.manual_seed would disturb the caller's devices too
+    model = FusedModel(plan.schema.model_settings(), plan.schema.outputs)
+    state = start(model, make_optimizer(course.config["optimizer"], model, course.config["lr"]))
+    if (course.folder / checkpoint.CHECKPOINT).exists():
+        checkpoint.restore(course.folder, state)
+    elif checked:
+        state.earlier = _look(plan, model, screen)
+    return state
+
+
+def _look(plan: Plan, model: FusedModel, screen: Screen) -> list[Finding]:
+    """What is to be said before the first step: about the data, their parts and the gradients.
+
+    A failed gradient check does not stop the run. The model is hesse's own and its user cannot mend it; an optimiser
+    that keeps only steps which lower the loss may still get somewhere; and the finding stays on the page.
+    """
+    findings = list(plan.data.findings)
+    if not len(plan.positions["test"]):
+        findings.append(
+            Finding(
+                "no test rows",
+                "split",
+                "No row is left for a test, so the score is that of the validation rows, which also chose the epoch.",
+                "Take it for too good; add rows, or mark some as test in a split column.",
+                severity="info",
+            )
+        )
+    screen.findings(findings)
+    batch = plan.data.batch(plan.positions["train"][:CHECKED_ROWS])
+    report = check.gradients(closure(model, LOSSES[plan.schema.task], batch))
+    screen.gradient_check(report)
+    return [*findings, *report.findings]
