@@ -29,5 +29,14 @@ def demo(
 
         typer.echo("making written, spelled and spoken digits ...", err=True)
         table = hesse.demo.write(out.parent / f"{out.name}-data", seed=seed)
-        run = train(table, "digit", out=out, seconds=SECONDS, compare=["adamw"], overwrite=True, seed=seed, notes=[NOTE])
+        run = train(
+            table,
+            "digit",
+            out=out,
+            seconds=SECONDS,
+            compare=["adamw"],
+            overwrite=True,
+            seed=seed,
+            notes=[NOTE],
+        )
         typer.echo((run.folder / "report.html").resolve())
