@@ -94,11 +94,13 @@ def test_interrupted_within_an_epoch_and_resumed_is_uninterrupted(
     assert len(records(whole.folder)["metrics"]) == EPOCHS
 
 
-def test_a_finished_run_goes_on_with_more_epochs(table: Path, tmp_path: Path) -> None:
-    train(table, tmp_path / "longer", epochs=2)
-    run = train(table, tmp_path / "longer", epochs=4, resume=True)
-    assert records(run.folder) == records(train(table, tmp_path / "whole", epochs=4).folder)
-    assert run.config["command"].endswith("--epochs 4 --batch-size 16") or "--epochs 4" in run.config["command"]
+@pytest.mark.parametrize("options", [{"optimizer": "kfac"}, {"optimizer": "lbfgs", "batch_size": 52, "lr": 0.01}])
+def test_a_finished_run_goes_on_with_more_epochs(table: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    train(table, tmp_path / "longer", epochs=2, **options)
+    run = train(table, tmp_path / "longer", epochs=4, resume=True, **options)
+    assert records(run.folder) == records(train(table, tmp_path / "whole", epochs=4, **options).folder)
+    assert all(row["valid_loss"] is not None for row in read_lines(run.folder / "metrics.jsonl"))
+    assert "--epochs 4" in run.config["command"] and "--epochs 2" not in run.config["command"]
 
 
 def test_resuming_a_finished_run_changes_nothing(table: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def score(curves: Sequence[Curve], name: str, against: str) -> Chart | None:
             "layout": layout(
                 axis(title, rangemode="tozero"),
                 # An R² far below zero, as first epochs have it, must not flatten the rest of the curve.
-                axis(tickformat=".0%")
+                axis(tickformat=".0%", autorangeoptions={"clipmin": 0, "clipmax": 1.02})
                 if name == "accuracy"
                 else axis(tickformat=".2~f", autorangeoptions={"clipmin": -0.5}),
                 showlegend=True,
