@@ -2,4 +2,4 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the hesse command does: spinning threads measure each other
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the hesse command does
