@@ -13,9 +13,9 @@ __all__ = ["main"]
 
 def main() -> None:
     """Entry point of the ``hesse`` command."""
-    # Torch's threads (GNU OpenMP) spin 300 000 times while they wait for each other. With anything else on the cores that
-    # makes a step of a small network 40 times slower (0.8 s instead of 0.02 s, measured on two cores). Spinning less
-    # costs a tenth when the cores are free; not at all, twice as much.
+    # Torch's threads (GNU OpenMP) spin 300 000 times while they wait for each other. With anything else on the cores
+    # that makes a step of a small network 40 times slower (0.8 s instead of 0.02 s, measured on two cores). Spinning
+    # less costs a tenth when the cores are free; not at all, twice as much.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
         from hesse.cli.app import run
