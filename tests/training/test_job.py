@@ -231,6 +231,12 @@ def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
     assert (run.config["epochs"], run.config["lr"], run.config["batch_size"]) == (1, 0.01, 8)
 
 
+def test_the_summary_names_what_ran_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(pa.table(numbers()), out=tmp_path, epochs=1, compare=["sgd"], verbose=True)
+    assert list(run.compared) == ["sgd"]
+    assert f"sgd beside it  {run.compared['sgd']['value']:.4f}" in " ".join(capsys.readouterr().err.split("\n"))
+
+
 def test_an_old_run_is_kept_until_the_new_input_is_read(tmp_path: Path) -> None:
     table = numbers_csv(tmp_path / "data.csv")
     run = train(table, out=tmp_path / "run", compare=["sgd"])

@@ -169,7 +169,7 @@ def train(
             if settings["lr"] is not None
             else "Look for extreme values in the columns, or use another --optimizer.",
         )
-    screen.done(run.evaluation, schema, state, report)
+    screen.done(run.evaluation, run.compared, schema, state, report)
     return run
 
 

@@ -99,6 +99,12 @@ class Run:
         return read_json(path) if path.exists() else {}
 
     @property
+    def compared(self) -> dict[str, dict[str, Any]]:
+        """The evaluations of the optimisers that were trained beside it, by name."""
+        records = sorted(self.folder.glob("compare/*/evaluation.json"))
+        return {path.parent.name: read_json(path) for path in records}
+
+    @property
     def findings(self) -> list[dict[str, Any]]:
         """What was noticed in data, derivatives and training, as JSON objects."""
         path = self.folder / "findings.json"

@@ -92,14 +92,21 @@ class Screen:
         columns = (TextColumn("{task.description}"), BarColumn(16), TextColumn("{task.fields[status]}"), _Left())
         return Training(self, self._progress(*columns), plan, label)
 
-    def done(self, evaluation: dict[str, Any], schema: Schema, state: State, report: Path) -> None:
-        """The summary at the end."""
+    def done(
+        self,
+        evaluation: dict[str, Any],
+        compared: dict[str, dict[str, Any]],
+        schema: Schema,
+        state: State,
+        report: Path,
+    ) -> None:
+        """The summary at the end; ``compared`` are the evaluations of the optimisers that ran beside this one."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-        score, beside = (
-            _number(evaluation["value"]),
-            f" on {evaluation['n']} rows, baseline {_number(evaluation['baseline'])}",
-        )
-        table.add_row(f"{evaluation['part']} {evaluation['score']}", Text(score, style="bold") + Text(beside))
+        score = Text(_number(evaluation["value"]), style="bold")
+        rest = f" on {evaluation['n']} rows, baseline {_number(evaluation['baseline'])}"
+        table.add_row(f"{evaluation['part']} {evaluation['score']}", score + Text(rest))
+        for optimizer, other in compared.items():
+            table.add_row(f"  {optimizer} beside it", _number(other["value"]))
         for key, parts in evaluation["modalities"].items():
             name = _line(modality_name(schema, key))
             table.add_row(Text("  ") + name, f"{_number(parts['alone'])} alone, {_number(parts['without'])} without it")
