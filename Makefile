@@ -34,11 +34,12 @@ lint: $(STAMP)  ## style, and the layering of the house
 types: $(STAMP)  ## static types
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## print the benchmark tables (about half an hour)
+bench: $(STAMP)  ## print the benchmark tables (about five minutes)
 	$(BIN)/python -m benchmarks
 
 docs: $(STAMP)  ## build the reference from the docstrings into build/docs
-	$(BIN)/pdoc --output-directory build/docs --docformat markdown hesse
+	$(BIN)/python -c 'import hesse; [getattr(hesse, name) for name in hesse.__all__]; \
+	  from pdoc.__main__ import cli; cli(["--output-directory", "build/docs", "hesse"])'
 
 clean:  ## remove what make made, runs/ excepted
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -38,9 +38,10 @@ __all__ = ["Finding", "InputError", "Run", "check", "closure", "curvature", "opt
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"hesse.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'hesse' has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'hesse' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:
