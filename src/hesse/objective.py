@@ -130,7 +130,7 @@ def closure(model: nn.Module, loss_fn: LossFn, batch: tuple[Any, Any]) -> Closur
         TypeError: the batch is not a pair, or the loss is not a callable.
 
     Example:
-        One object, any optimiser. For the loss mean((w x)^2) / 2 ... the minimum is at w = 2:
+        One object, any optimiser. The loss mean((w - 2)^2) is least at w = 2, and 4 at w = 0:
 
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> batch = torch.ones(4, 1), torch.full((4, 1), 2.0)
