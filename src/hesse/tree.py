@@ -1,4 +1,4 @@
-"""Named tensors as one vector: the inner product, the norm and sums of ``dict[str, Tensor]``.
+"""Named tensors as one vector: the inner product and sums of ``dict[str, Tensor]``.
 
 Parameters, gradients, directions and curvature products are all such dictionaries (``Params``); the functions here
 are the only ones that see them as points of one Euclidean space.
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Params", "add", "dot", "is_finite", "norm", "scale"]
+__all__ = ["Params", "add", "dot", "is_finite", "scale"]
 
 Params = dict[str, Tensor]
 
@@ -25,11 +25,6 @@ def dot(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
         6.0
     """
     return torch.stack([torch.sum(x[name] * y[name], dtype=torch.float64) for name in x]).sum()
-
-
-def norm(x: Mapping[str, Tensor]) -> Tensor:
-    """Euclidean norm, a float64 scalar."""
-    return dot(x, x).sqrt()
 
 
 def scale(factor: float | Tensor, x: Mapping[str, Tensor]) -> Params:

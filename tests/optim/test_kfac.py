@@ -412,3 +412,13 @@ def test_calibration_stays_in_the_range_that_can_be_left_again() -> None:
     optimizer = hesse.optim.KFAC(model)
     optimizer.step(hesse.closure(model, nn.functional.mse_loss, (x, x @ torch.ones(3, 1))))
     assert 1e-8 <= optimizer.param_groups[0]["damping"] <= 1e4
+
+
+def test_many_rejections_leave_a_damping_that_can_come_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    optimizer = hesse.optim.KFAC(model)
+    for _ in range(60):
+        optimizer.step(hesse.closure(model, nn.functional.mse_loss, (torch.full((8, 3), math.nan), torch.zeros(8, 1))))
+    assert optimizer.param_groups[0]["rejections"] == 60
+    assert optimizer.param_groups[0]["damping"] == 1e4

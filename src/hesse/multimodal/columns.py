@@ -168,13 +168,14 @@ def _find(table: Table, name: str, root: Path, facts: _Facts) -> tuple[Kind, Rol
         return media, "input", f"paths of {media} files"
     of = f"{facts.unique} different values in {facts.present} rows"
     dates = pc.all(pc.match_substring_regex(facts.distinct, _DATE)).as_py()
+    category: tuple[Kind, Role, str] = ("category", "input", of + (" (dates, read as categories)" if dates else ""))
     if facts.unique <= 20 and is_few(facts.unique, facts.present):
-        return "category", "input", of + (" (dates, read as categories for now)" if dates else "")
+        return category
     refuse_mixed(table, name)
     if is_few(facts.unique, facts.present):
-        return "category", "input", of + (" (dates, read as categories for now)" if dates else "")
+        return category
     if dates:
-        return "text", "input", "dates, read as text for now"
+        return "text", "input", "dates, read as text"
     if _names_rows(name, facts):
         return "text", "ignored", "a different code in each row: it names rows, it does not describe them"
     return "text", "input", f"free text: {of}"

@@ -77,7 +77,7 @@ class KFAC(Base):
         Grosse and Martens, A Kronecker-factored approximate Fisher matrix for convolution layers, ICML 2016.
 
     Example:
-        Linear regression, solved to six digits in twenty steps with nothing to set:
+        Linear regression on badly scaled inputs, solved to five digits with nothing to set:
 
         >>> import hesse
         >>> _ = torch.manual_seed(0)
@@ -85,9 +85,9 @@ class KFAC(Base):
         >>> y = x @ torch.tensor([[1.0], [2.0], [3.0]])
         >>> model = nn.Linear(3, 1)
         >>> optimizer = KFAC(model)
-        >>> for _ in range(20):
+        >>> for _ in range(10):
         ...     loss = optimizer.step(hesse.closure(model, nn.functional.mse_loss, (x, y)))
-        >>> [round(w, 3) for w in model.weight[0].tolist()]
+        >>> [round(w, 5) for w in model.weight[0].tolist()]
         [1.0, 2.0, 3.0]
     """
 
@@ -191,7 +191,7 @@ class KFAC(Base):
     def _reject(self, params: tree.Params) -> None:
         group = self.param_groups[0]
         group["rejections"] += 1
-        group["damping"] *= HARSH
+        group["damping"] = min(HARSH * group["damping"], RANGE[1])
         for p in params.values():
             self.state[p].pop("update", None)  # the old direction led here
 
