@@ -15,7 +15,6 @@ from itertools import chain
 import torch
 import torch.autograd.forward_ad as fw
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesse import tree
 from hesse.linalg import solve_psd
@@ -84,7 +83,7 @@ def jvp(objective: Objective, direction: tree.Params) -> Tensor:
     """``J v``: the derivative of the outputs along ``direction``, by forward-mode differentiation.
 
     Where an operation has no forward derivative (LSTM), by differentiating the backward pass, which is linear in the
-    vector it is given, with respect to that vector. Fused attention has neither: attention runs on its plain kernel.
+    vector it is given, with respect to that vector.
 
     Example:
         The outputs of a linear layer are linear in its weight:
@@ -94,13 +93,12 @@ def jvp(objective: Objective, direction: tree.Params) -> Tensor:
         >>> jvp(objective, {"weight": torch.tensor([[1.0, 1.0]])})
         tensor([[7.]])
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        try:
-            return _jvp_by_forward(objective, direction)
-        except (NotImplementedError, RuntimeError) as error:
-            if "forward" not in str(error):
-                raise
-            return _jvp_by_backward(objective, direction)
+    try:
+        return _jvp_by_forward(objective, direction)
+    except (NotImplementedError, RuntimeError) as error:
+        if "forward" not in str(error):
+            raise
+        return _jvp_by_backward(objective, direction)
 
 
 def _jvp_by_forward(objective: Objective, direction: tree.Params) -> Tensor:
