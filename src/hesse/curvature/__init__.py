@@ -1,6 +1,19 @@
-"""Curvature: the B of x - alpha B^{-1} grad f, as statistics of layers, output factors and quadratic models."""
+"""Curvature: the B of x - alpha B^{-1} grad f, as operators, output factors, layer statistics and quadratic models."""
 
+from hesse.curvature.culprit import DerivativeError
+from hesse.curvature.gauss_newton import fisher, ggn
+from hesse.curvature.hessian import hessian
 from hesse.curvature.output import OutputCurvature, output_curvature
 from hesse.curvature.quadratic import QuadraticModel, jvp, quadratic_model
 
-__all__ = ["OutputCurvature", "QuadraticModel", "jvp", "output_curvature", "quadratic_model"]
+__all__ = [
+    "DerivativeError",
+    "OutputCurvature",
+    "QuadraticModel",
+    "fisher",
+    "ggn",
+    "hessian",
+    "jvp",
+    "output_curvature",
+    "quadratic_model",
+]

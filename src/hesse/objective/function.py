@@ -69,17 +69,17 @@ class Objective:
     def __call__(self, params: Mapping[str, Tensor]) -> Tensor:
         """The loss at ``params``, a scalar."""
         with self.at(params):
-            return self.loss_fn(self._forward(), self.targets)
+            return self.loss_fn(self.run_model(), self.targets)
 
     def outputs(self, params: Mapping[str, Tensor]) -> Any:
         """The model's outputs at ``params``."""
         with self.at(params):
-            return self._forward()
+            return self.run_model()
 
     def forward(self) -> Any:
         """The outputs of the live model: buffers move and hooks see its own parameters, as in plain training."""
         with self._same_random_numbers():
-            return self._forward()
+            return self.run_model()
 
     @contextmanager
     def at(self, params: Mapping[str, Tensor]) -> Iterator[None]:
@@ -94,7 +94,8 @@ class Objective:
             stack.enter_context(self._same_random_numbers())
             yield
 
-    def _forward(self) -> Any:
+    def run_model(self) -> Any:
+        """The model on the inputs as everything stands, for use inside :meth:`at`."""
         if isinstance(self.inputs, Mapping):
             return self.model(**self.inputs)
         if isinstance(self.inputs, tuple | list):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +28,19 @@ def carrying(model: nn.Module, params: Mapping[str, Tensor], dtype: torch.dtype 
     own = dict(model.named_parameters())
     exchanged = {id(own[name]): value for name, value in params.items()}
     copies: dict[int, Tensor] = {}
-    kept: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    kept: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for module in model.modules():
-            for name, p in module._parameters.items():
+            parameters: dict[str, Any] = module._parameters  # typed by torch as if only Parameters could be there
+            for name, p in parameters.items():
                 if p is None:
                     continue
                 new = exchanged.get(id(p), p)
                 if new is p and dtype is not None and p.is_floating_point():
                     new = copies.setdefault(id(p), p.detach().to(dtype))
                 if new is not p:
-                    kept.append((module._parameters, name, p))
-                    module._parameters[name] = new  # type: ignore[assignment]
+                    kept.append((parameters, name, p))
+                    parameters[name] = new
             for name, b in module._buffers.items():
                 if b is not None:
                     kept.append((module._buffers, name, b))

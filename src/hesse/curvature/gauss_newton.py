@@ -1,0 +1,296 @@
+"""The Gauss-Newton matrix J' H_L J and the Fisher matrices J' F J: one product through the model, three middles.
+
+J is the Jacobian of the model's outputs. The middle acts on outputs alone and is all that differs: the loss's Hessian
+there (Gauss-Newton), the second moment of the label model's gradients (exact Fisher), of one draw of them (sampled)
+or of the data's own (empirical Fisher). ``J v`` comes from the kept graph: the backward pass ``J' u`` is linear in u,
+and its derivative by u along v is ``J v`` (the trick of two backward passes). Where torch has no second derivative,
+forward mode forms ``J v``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+import torch.autograd.forward_ad as fw
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hesse.curvature.differences import directional, step_for
+from hesse.curvature.evaluate import evaluate
+from hesse.curvature.operator import Curvature
+from hesse.curvature.output import OutputCurvature, output_curvature, term_gradients
+from hesse.curvature.product import Builder, Product, differentiable, gradients
+from hesse.curvature.sources import Reduction, batches_of
+from hesse.curvature.verify import choose_jacobian
+from hesse.objective import Objective
+from hesse.objective.function import LossFn
+from hesse.tree import Params
+
+__all__ = ["JACOBIANS", "fisher", "ggn"]
+
+Leaves = list[Tensor]
+Middle = Callable[[Leaves, bool], Leaves]
+MiddleOf = Callable[[Objective, Any, int], Middle]
+
+
+def ggn(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: tuple[Any, Any] | Iterable[tuple[Any, Any]],
+    *,
+    mode: str = "auto",
+    reduction: Reduction = "mean",
+    verify: bool = True,
+    progress: bool = False,
+) -> Curvature:
+    """The generalised Gauss-Newton matrix ``J' H_L J`` at the model's present parameters.
+
+    H_L is the loss's Hessian at the model's outputs: in closed form for the losses of torch.nn, by products for any
+    other. It is positive semidefinite where the loss is convex in the outputs, which is declared for the known losses.
+
+    Args:
+        model, loss_fn, batch, reduction, verify, progress: as for :func:`hesse.curvature.hessian`. With a loss of
+            your own the model may return any nest of tensors.
+        mode: how ``J v`` is formed: ``"double-backward"``, ``"forward"``, ``"differences"``, or ``"auto"``, the first
+            of the first two that torch has all derivatives for.
+
+    Returns:
+        A symmetric operator of n rows, one a trainable parameter.
+
+    Raises:
+        DerivativeError, ValueError, TypeError: as for :func:`hesse.curvature.hessian`; TypeError also for a loss
+            without curvature (``l1_loss``), with the reason.
+
+    References:
+        Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural Computation 2002.
+
+    Example:
+        For a linear model the Gauss-Newton matrix is the Hessian:
+
+        >>> X = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> G = ggn(model, nn.functional.mse_loss, (X, torch.zeros(2, 1)))
+        >>> G.psd, torch.allclose(G.dense(), X.T @ X)
+        (True, True)
+    """
+    return _operator(model, loss_fn, batch, _loss_hessian, mode, reduction, verify, progress)
+
+
+def fisher(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: tuple[Any, Any] | Iterable[tuple[Any, Any]],
+    *,
+    fisher_type: Literal["exact", "sampled", "empirical"] = "exact",
+    seed: int = 0,
+    mode: str = "auto",
+    reduction: Reduction = "mean",
+    verify: bool = True,
+    progress: bool = False,
+) -> Curvature:
+    """The Fisher information matrix, the second moment of the log-likelihood's gradients.
+
+    Args:
+        model, loss_fn, batch, mode, reduction, verify, progress: as for :func:`ggn`.
+        fisher_type: ``"exact"``: the expectation over labels of the loss's own probability model (for cross-entropy
+            and the squared error the Gauss-Newton matrix); ``"sampled"``: one label drawn for each term;
+            ``"empirical"``: the labels of the data, which is no curvature but often taken for one.
+        seed: of the draws, which are the same at every product.
+
+    Raises:
+        TypeError: the loss has no probability model (unless ``"empirical"``).
+        ValueError: an unknown ``fisher_type``.
+
+    References:
+        Martens, New insights and perspectives on the natural gradient method, JMLR 2020.
+        Kunstner, Hennig and Balles, Limitations of the empirical Fisher approximation, NeurIPS 2019.
+
+    Example:
+        With a residual of 3 the empirical Fisher is (2 * 3)^2, the exact one 2:
+
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = model.weight.data.fill_(3.0)
+        >>> batch = torch.ones(1, 1), torch.zeros(1, 1)
+        >>> fisher(model, nn.functional.mse_loss, batch).dense().item()
+        2.0
+        >>> fisher(model, nn.functional.mse_loss, batch, fisher_type="empirical").dense().item()
+        36.0
+    """
+    middles: dict[str, MiddleOf] = {
+        "exact": _exact_fisher,
+        "sampled": lambda objective, outputs, i: _sampled_fisher(objective, outputs, seed + i),
+        "empirical": _empirical_fisher,
+    }
+    if fisher_type not in middles:
+        raise ValueError(f"fisher_type must be one of {', '.join(map(repr, middles))}; got {fisher_type!r}.")
+    return _operator(model, loss_fn, batch, middles[fisher_type], mode, reduction, verify, progress)
+
+
+def _operator(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    middle_of: MiddleOf,
+    mode: str,
+    reduction: Reduction,
+    verify: bool,
+    progress: bool,
+) -> Curvature:
+    if mode != "auto" and mode not in JACOBIANS:
+        raise ValueError(f"mode must be 'auto' or one of {', '.join(map(repr, JACOBIANS))}; got {mode!r}.")
+    batches = batches_of(model, loss_fn, batch, reduction, progress)
+    chosen = choose_jacobian(batches.first, JACOBIANS, mode, verify)
+    psd = middle_of is not _loss_hessian or _convex(batches.first)
+    return Curvature(batches, _through(JACOBIANS[chosen], middle_of), mode=chosen, psd=psd)
+
+
+# -- J and its transpose ----------------------------------------------------------------------------------------
+
+JacobianOf = Callable[[Objective, Params, Any], Callable[[Params, bool], Leaves]]
+
+
+def _through(jacobian_of: JacobianOf, middle_of: MiddleOf) -> Builder:
+    """The builder of ``v -> J' M J v``."""
+
+    def build(objective: Objective, params: Params, index: int) -> Product:
+        with torch.enable_grad(), objective.at(params):
+            outputs, _ = evaluate(objective, params)
+        leaves = differentiable(outputs)
+        jacobian = jacobian_of(objective, params, outputs)
+        middle = middle_of(objective, outputs, index)
+
+        def unreached() -> set[str]:
+            rows = gradients(leaves, params, [torch.zeros_like(x) for x in leaves])
+            return {name for name, row in zip(params, rows, strict=True) if row is None}
+
+        def apply(v: Params, batched: bool) -> Params:
+            wanted = {name: params[name] for name in v}
+            curved = middle(jacobian(v, batched), batched)
+            with objective.at(params):
+                rows = gradients(leaves, wanted, curved, batched=batched)
+            return {
+                name: torch.zeros_like(value) if row is None else row
+                for (name, value), row in zip(v.items(), rows, strict=True)
+            }
+
+        return Product(apply, unreached, outputs, batches=jacobian_of is _double_backward)
+
+    return build
+
+
+def _double_backward(objective: Objective, params: Params, outputs: Any) -> Callable[[Params, bool], Leaves]:
+    leaves = differentiable(outputs)
+    with torch.enable_grad(), objective.at(params):
+        u = {str(i): torch.zeros_like(x, requires_grad=True) for i, x in enumerate(leaves)}
+        found = gradients(leaves, params, list(u.values()), create=True)
+    rows = {name: row for name, row in zip(params, found, strict=True) if row is not None}
+
+    def product(v: Params, batched: bool) -> Leaves:
+        live = [name for name in v if name in rows]
+        with objective.at(params):
+            tangents = gradients([rows[name] for name in live], u, [v[name] for name in live], batched=batched)
+        k = next(iter(v.values())).shape[:1] if batched else ()
+        return [x.new_zeros(*k, *x.shape) if t is None else t for x, t in zip(leaves, tangents, strict=True)]
+
+    return product
+
+
+def _forward(objective: Objective, params: Params, outputs: Any) -> Callable[[Params, bool], Leaves]:
+    moving = [i for i, x in enumerate(pytree.tree_leaves(outputs)) if isinstance(x, Tensor) and x.requires_grad]
+
+    def product(v: Params, batched: bool) -> Leaves:
+        with torch.no_grad(), fw.dual_level():
+            duals = {name: fw.make_dual(p.detach(), v[name]) if name in v else p.detach() for name, p in params.items()}
+            found = pytree.tree_leaves(objective.outputs(duals))
+            pairs = [fw.unpack_dual(found[i]) for i in moving]
+            return [torch.zeros_like(x) if t is None else t for x, t in pairs]
+
+    return product
+
+
+def _differences(objective: Objective, params: Params, outputs: Any) -> Callable[[Params, bool], Leaves]:
+    moving = [i for i, x in enumerate(pytree.tree_leaves(outputs)) if isinstance(x, Tensor) and x.requires_grad]
+
+    def product(v: Params, batched: bool) -> Leaves:
+        def at(t: float) -> Params:
+            with torch.no_grad():
+                found = pytree.tree_leaves(
+                    objective.outputs({**params, **{n: params[n] + t * u for n, u in v.items()}})
+                )
+            return {str(i): found[i] for i in moving}
+
+        return list(directional(at, step_for(params, v, next(iter(v.values())).dtype))[0].values())
+
+    return product
+
+
+JACOBIANS: dict[str, JacobianOf] = {
+    "double-backward": _double_backward,
+    "forward": _forward,
+    "differences": _differences,
+}
+
+# -- the middles ------------------------------------------------------------------------------------------------
+
+
+def _loss_hessian(objective: Objective, outputs: Any, index: int) -> Middle:
+    if isinstance(outputs, Tensor):
+        return _on_tensor(output_curvature(objective.loss_fn, outputs, objective.targets).product)
+    return _by_products(objective, outputs)
+
+
+def _exact_fisher(objective: Objective, outputs: Any, index: int) -> Middle:
+    return _on_tensor(_known(objective, outputs).fisher)
+
+
+def _sampled_fisher(objective: Objective, outputs: Any, seed: int) -> Middle:
+    curvature = _known(objective, outputs)
+    generator = torch.Generator(outputs.device).manual_seed(seed)
+    return _outer(curvature.label(generator), curvature)
+
+
+def _empirical_fisher(objective: Objective, outputs: Any, index: int) -> Middle:
+    curvature = _known(objective, outputs)
+    return _outer(term_gradients(objective.loss_fn, outputs, objective.targets, curvature), curvature)
+
+
+def _known(objective: Objective, outputs: Any) -> OutputCurvature:
+    return output_curvature(objective.loss_fn, outputs, objective.targets)
+
+
+def _outer(r: Tensor, curvature: OutputCurvature) -> Middle:
+    """``u -> w r (r . u)`` for each term alone."""
+    return _on_tensor(lambda u: curvature.weight * r * (r * u).sum(curvature.axes, keepdim=True))
+
+
+def _on_tensor(product: Callable[[Tensor], Tensor]) -> Middle:
+    return lambda u, batched: [torch.vmap(product)(u[0]) if batched else product(u[0])]
+
+
+def _by_products(objective: Objective, outputs: Any) -> Middle:
+    """H_L of a loss that takes a nest of tensors, by double backward on the loss alone."""
+    leaves, spec = pytree.tree_flatten(outputs)
+    moving = {str(i): x.detach().requires_grad_() for i, x in enumerate(leaves) if _moves(x)}
+    filled = [moving.get(str(i), x) for i, x in enumerate(leaves)]
+    with torch.enable_grad():
+        loss = objective.loss_fn(pytree.tree_unflatten(filled, spec), objective.targets)
+        slopes = gradients([loss], moving, [None], create=True)
+    live = [(i, g) for i, g in enumerate(slopes) if g is not None]
+
+    def middle(u: Leaves, batched: bool) -> Leaves:
+        rows = gradients([g for _, g in live], moving, [u[i] for i, _ in live], batched=batched)
+        return [torch.zeros_like(x) if row is None else row for x, row in zip(u, rows, strict=True)]
+
+    return middle
+
+
+def _moves(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _convex(objective: Objective) -> bool:
+    with torch.no_grad():
+        outputs = objective.outputs(objective.params)
+    return isinstance(outputs, Tensor) and output_curvature(objective.loss_fn, outputs, objective.targets).psd

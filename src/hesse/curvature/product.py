@@ -1,0 +1,72 @@
+"""A curvature of one batch as a product with named vectors: what every way of forming one has in common.
+
+The graph that autograd keeps can be walked for one vector or, under ``vmap``, for a block of them; which is faster
+depends on the model and the machine, so both are offered and the operator chooses by the clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hesse.objective import Objective
+from hesse.tree import Params
+
+__all__ = ["Builder", "Product", "differentiable", "gradients", "working"]
+
+
+@dataclass(frozen=True)
+class Product:
+    """``v -> B v`` at one batch.
+
+    Args:
+        apply: takes tensors shaped as some of the parameters, by name, and whether each has a leading dimension k of
+            vectors; gives the same back for the block of B of these parameters.
+        unreached: names of the parameters that the loss does not depend on; their rows are zero.
+        outputs: of the model, when they were made on the way.
+        batches: whether ``apply`` can take a block of vectors at once.
+    """
+
+    apply: Callable[[Params, bool], Params]
+    unreached: Callable[[], set[str]]
+    outputs: Any
+    batches: bool = True
+
+
+Builder = Callable[[Objective, Params, int], Product]  # the last is the batch's place in a data set: it seeds draws
+
+
+def working(objective: Objective) -> Objective:
+    """The objective, in float32 if a trainable parameter has less: eight bits do not survive two backward passes."""
+    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in objective.params.values())
+    return objective.cast(torch.float32) if low else objective
+
+
+def differentiable(outputs: Any) -> list[Tensor]:
+    """The tensors in a nest of outputs that depend on parameters."""
+    return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+
+
+def gradients(
+    of: Sequence[Tensor], at: Params, weights: Sequence[Tensor | None], *, batched: bool = False, create: bool = False
+) -> list[Tensor | None]:
+    """Gradients of ``sum_i weights_i . of_i``, with the graph kept; None for what nothing depends on."""
+    live = [(x, w) for x, w in zip(of, weights, strict=True) if x.requires_grad]
+    if not live:
+        return [None] * len(at)
+    return list(
+        torch.autograd.grad(
+            [x for x, _ in live],
+            list(at.values()),
+            [w for _, w in live],
+            retain_graph=True,
+            create_graph=create,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+    )
