@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hesse.objective import Objective
+from hesse.objective.purity import random_state, set_random_state
 
 __all__ = ["DerivativeError", "culprit", "operation"]
 
@@ -88,6 +89,7 @@ def _test_alone(
     own = [p.detach() for p in module.parameters(recurse=False) if p.requires_grad]
     names = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
     functions: list[str] = []
+    random = random_state(module)
 
     def scalar(tensors: list[Tensor]) -> Tensor:
         inputs = list(leaves)
@@ -95,6 +97,7 @@ def _test_alone(
             inputs[i] = x * 1  # a module that works in place may not touch a leaf
         new_args, new_kwargs = pytree.tree_unflatten(inputs, spec)
         kept = {name: module._parameters[name] for name in names}
+        set_random_state(random)
         try:
             for name, p in zip(names, tensors[len(moving) :], strict=True):
                 module._parameters[name] = p  # type: ignore[assignment]

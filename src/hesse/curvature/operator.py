@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hesse.curvature.evaluate import refuse_parameters
-from hesse.curvature.product import Builder, Product, working
+from hesse.curvature.product import Builder, Product, hold_padding, working
 from hesse.curvature.sources import Batches
 from hesse.linalg.operator import LinearOperator
 from hesse.tree import Layout, Params
@@ -122,10 +122,8 @@ class Curvature(LinearOperator):
 
     def _block(self, product: Product, columns: Tensor) -> Tensor:
         assert self.layout is not None
-        rows = product.apply(
-            {name: part.movedim(-1, 0).to(self._params[name]) for name, part in self.layout.split(columns).items()},
-            True,
-        )
+        parts = {name: part.movedim(-1, 0).to(self._params[name]) for name, part in self.layout.split(columns).items()}
+        rows = product.apply(hold_padding(self._batches.first.model, parts), True)
         k = columns.shape[1]
         return torch.cat([rows[name].reshape(k, -1).to(columns) for name in self.layout.shapes], dim=1).T
 
@@ -154,7 +152,8 @@ class Curvature(LinearOperator):
 
     def _named(self, column: Tensor) -> Params:
         assert self.layout is not None
-        return {name: part.to(self._params[name]) for name, part in self.layout.split(column).items()}
+        parts = {name: part.to(self._params[name]) for name, part in self.layout.split(column).items()}
+        return hold_padding(self._batches.first.model, parts)
 
     def _flat(self, x: Params) -> Tensor:
         assert self.layout is not None

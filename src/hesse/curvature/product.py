@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hesse.objective import Objective
 from hesse.tree import Params
 
-__all__ = ["Builder", "Product", "differentiable", "gradients", "working"]
+__all__ = ["Builder", "Product", "differentiable", "gradients", "hold_padding", "working"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,20 @@ def working(objective: Objective) -> Objective:
     """The objective, in float32 if a trainable parameter has less: eight bits do not survive two backward passes."""
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in objective.params.values())
     return objective.cast(torch.float32) if low else objective
+
+
+def hold_padding(model: nn.Module, v: Params) -> Params:
+    """``v`` with zeros where autograd holds a parameter still: the row of an embedding's ``padding_idx``.
+
+    Its gradient is dropped, yet the loss depends on it: moved along, the row would make the product unsymmetric.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            name = names.get(id(module.weight), "")
+            if name in v:
+                v[name] = v[name].index_fill(-2, torch.tensor(module.padding_idx, device=v[name].device), 0.0)
+    return v
 
 
 def differentiable(outputs: Any) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hesse import tree
 from hesse.curvature.culprit import DerivativeError, culprit, operation
 from hesse.curvature.evaluate import evaluate, refuse_parameters
-from hesse.curvature.product import Builder, differentiable, gradients, working
+from hesse.curvature.product import Builder, differentiable, gradients, hold_padding, working
 from hesse.objective import Objective
 from hesse.tree import Params
 
@@ -92,10 +92,13 @@ def _choose(
                 known[key] = name
                 return name
             refusals.append(f"{name} is wrong{wrong}")
-    raise DerivativeError(
-        f"no {what} product is to be trusted here: {'; '.join(refusals)}. First to fail: "
-        f"{culprit(objective, _second_derivative)}. {WAY_OUT}."
+    hooked = [name for name, p in objective.model.named_parameters() if p._backward_hooks]
+    where = (
+        f"hooks on the gradients of {', '.join(hooked[:3])} change them, and a changed gradient has no symmetric Hessian"
+        if hooked
+        else f"first to fail: {culprit(objective, _second_derivative)}"
     )
+    raise DerivativeError(f"no {what} product is to be trusted here: {'; '.join(refusals)}; {where}. {WAY_OUT}.")
 
 
 def _refuse_random(objective: Objective) -> None:
@@ -120,7 +123,7 @@ def _wrong_parts(
     exact = _in_float64(objective)
     wrong = ""
     for seed in range(2):
-        v = _direction(params, seed)
+        v = hold_padding(objective.model, _direction(params, seed))
         wrong = _disagreement(product(objective, params, v), _difference(exact, v, values))
         if not wrong:
             break
