@@ -154,3 +154,22 @@ def problem(name: str, seed: int = 0) -> Problem:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PROBLEMS[name]()
+
+
+def as_double(made: Problem) -> Problem:
+    """The problem in float64."""
+    x, y = (t.double() if t.is_floating_point() else t for t in made.batch)
+    return Problem(made.model.double(), made.loss_fn, (x, y))
+
+
+def vectors(n: int, k: int, seed: int = 3) -> Tensor:
+    """Random columns [n, k]."""
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def still(made: Problem, v: Tensor) -> Tensor:
+    """``v`` without the row that autograd holds still: the problems' one padding row is the first eight elements."""
+    padded = [m for m in made.model.modules() if isinstance(m, nn.Embedding) and m.padding_idx == 0]
+    mask = torch.ones_like(v)
+    mask[: 8 * len(padded)] = 0
+    return mask * v

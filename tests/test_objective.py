@@ -175,7 +175,10 @@ def test_a_tied_weight_moves_at_both_places() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((list(nn.Linear(1, 1).parameters()), F.mse_loss, (1, 2)), "model comes first and is a torch.nn.Module; got list"),
+        (
+            (list(nn.Linear(1, 1).parameters()), F.mse_loss, (1, 2)),
+            "is a torch.nn.Module; got list",
+        ),
         ((nn.Linear(1, 1), "mse", (1, 2)), "must be callable"),
         ((nn.Linear(1, 1), F.mse_loss, torch.zeros(2, 1)), "must be a pair .* got Tensor"),
         ((nn.Linear(1, 1), F.mse_loss, (1, 2, 3)), "got tuple of length 3"),

@@ -3,8 +3,9 @@
 from hesse.curvature.culprit import DerivativeError
 from hesse.curvature.gauss_newton import fisher, ggn
 from hesse.curvature.hessian import hessian
+from hesse.curvature.jacobian import jvp
 from hesse.curvature.output import OutputCurvature, output_curvature
-from hesse.curvature.quadratic import QuadraticModel, jvp, quadratic_model
+from hesse.curvature.quadratic import QuadraticModel, quadratic_model
 
 __all__ = [
     "DerivativeError",

@@ -2,9 +2,7 @@
 
 J is the Jacobian of the model's outputs. The middle acts on outputs alone and is all that differs: the loss's Hessian
 there (Gauss-Newton), the second moment of the label model's gradients (exact Fisher), of one draw of them (sampled)
-or of the data's own (empirical Fisher). ``J v`` comes from the kept graph: the backward pass ``J' u`` is linear in u,
-and its derivative by u along v is ``J v`` (the trick of two backward passes). Where torch has no second derivative,
-forward mode forms ``J v``.
+or of the data's own (empirical Fisher).
 """
 
 from __future__ import annotations
@@ -13,12 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-import torch.autograd.forward_ad as fw
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hesse.curvature.differences import directional, step_for
 from hesse.curvature.evaluate import evaluate
+from hesse.curvature.jacobian import JACOBIANS, JacobianOf
 from hesse.curvature.operator import Curvature
 from hesse.curvature.output import OutputCurvature, output_curvature, term_gradients
 from hesse.curvature.product import Builder, Product, differentiable, gradients
@@ -28,7 +25,7 @@ from hesse.objective import Objective
 from hesse.objective.function import LossFn
 from hesse.tree import Params
 
-__all__ = ["JACOBIANS", "fisher", "ggn"]
+__all__ = ["fisher", "ggn"]
 
 Leaves = list[Tensor]
 Middle = Callable[[Leaves, bool], Leaves]
@@ -146,11 +143,6 @@ def _operator(
     return Curvature(batches, _through(JACOBIANS[chosen], middle_of), mode=chosen, psd=psd)
 
 
-# -- J and its transpose ----------------------------------------------------------------------------------------
-
-JacobianOf = Callable[[Objective, Params, Any], Callable[[Params, bool], Leaves]]
-
-
 def _through(jacobian_of: JacobianOf, middle_of: MiddleOf) -> Builder:
     """The builder of ``v -> J' M J v``."""
 
@@ -167,7 +159,7 @@ def _through(jacobian_of: JacobianOf, middle_of: MiddleOf) -> Builder:
 
         def apply(v: Params, batched: bool) -> Params:
             wanted = {name: params[name] for name in v}
-            curved = middle(jacobian(v, batched), batched)
+            curved = middle(jacobian.apply(v, batched), batched)
             with objective.at(params):
                 rows = gradients(leaves, wanted, curved, batched=batched)
             return {
@@ -175,62 +167,10 @@ def _through(jacobian_of: JacobianOf, middle_of: MiddleOf) -> Builder:
                 for (name, value), row in zip(v.items(), rows, strict=True)
             }
 
-        return Product(apply, unreached, outputs, batches=jacobian_of is _double_backward)
+        return Product(apply, unreached, outputs, batches=jacobian.batches, errors=jacobian.errors)
 
     return build
 
-
-def _double_backward(objective: Objective, params: Params, outputs: Any) -> Callable[[Params, bool], Leaves]:
-    leaves = differentiable(outputs)
-    with torch.enable_grad(), objective.at(params):
-        u = {str(i): torch.zeros_like(x, requires_grad=True) for i, x in enumerate(leaves)}
-        found = gradients(leaves, params, list(u.values()), create=True)
-    rows = {name: row for name, row in zip(params, found, strict=True) if row is not None}
-
-    def product(v: Params, batched: bool) -> Leaves:
-        live = [name for name in v if name in rows]
-        with objective.at(params):
-            tangents = gradients([rows[name] for name in live], u, [v[name] for name in live], batched=batched)
-        k = next(iter(v.values())).shape[:1] if batched else ()
-        return [x.new_zeros(*k, *x.shape) if t is None else t for x, t in zip(leaves, tangents, strict=True)]
-
-    return product
-
-
-def _forward(objective: Objective, params: Params, outputs: Any) -> Callable[[Params, bool], Leaves]:
-    moving = [i for i, x in enumerate(pytree.tree_leaves(outputs)) if isinstance(x, Tensor) and x.requires_grad]
-
-    def product(v: Params, batched: bool) -> Leaves:
-        with torch.no_grad(), fw.dual_level():
-            duals = {name: fw.make_dual(p.detach(), v[name]) if name in v else p.detach() for name, p in params.items()}
-            found = pytree.tree_leaves(objective.outputs(duals))
-            pairs = [fw.unpack_dual(found[i]) for i in moving]
-            return [torch.zeros_like(x) if t is None else t for x, t in pairs]
-
-    return product
-
-
-def _differences(objective: Objective, params: Params, outputs: Any) -> Callable[[Params, bool], Leaves]:
-    moving = [i for i, x in enumerate(pytree.tree_leaves(outputs)) if isinstance(x, Tensor) and x.requires_grad]
-
-    def product(v: Params, batched: bool) -> Leaves:
-        def at(t: float) -> Params:
-            with torch.no_grad():
-                found = pytree.tree_leaves(
-                    objective.outputs({**params, **{n: params[n] + t * u for n, u in v.items()}})
-                )
-            return {str(i): found[i] for i in moving}
-
-        return list(directional(at, step_for(params, v, next(iter(v.values())).dtype))[0].values())
-
-    return product
-
-
-JACOBIANS: dict[str, JacobianOf] = {
-    "double-backward": _double_backward,
-    "forward": _forward,
-    "differences": _differences,
-}
 
 # -- the middles ------------------------------------------------------------------------------------------------
 
@@ -242,7 +182,9 @@ def _loss_hessian(objective: Objective, outputs: Any, index: int) -> Middle:
 
 
 def _exact_fisher(objective: Objective, outputs: Any, index: int) -> Middle:
-    return _on_tensor(_known(objective, outputs).fisher)
+    curvature = _known(objective, outputs)
+    curvature.fisher(torch.zeros_like(outputs))  # a loss without a probability model is refused here, not at a product
+    return _on_tensor(curvature.fisher)
 
 
 def _sampled_fisher(objective: Objective, outputs: Any, seed: int) -> Middle:

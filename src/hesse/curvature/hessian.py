@@ -126,8 +126,9 @@ def forward_over_reverse(objective: Objective, params: Params, index: int = 0) -
 
 
 def differences(objective: Objective, params: Params, index: int = 0) -> Product:
-    """Differences of gradients, extrapolated; the error is printed nowhere, ask :func:`directional` for it."""
+    """Differences of gradients, extrapolated, with the error they estimate of themselves."""
     found, outputs = _gradient(objective, params)
+    errors: list[float] = []
 
     def apply(v: Params, batched: bool) -> Params:
         def slope(t: float) -> Params:
@@ -139,9 +140,11 @@ def differences(objective: Objective, params: Params, index: int = 0) -> Product
             return {name: here.get(name, torch.zeros_like(value)) for name, value in v.items()}
 
         dtype = next(iter(v.values())).dtype
-        return directional(slope, step_for(params, v, dtype))[0]
+        value, error = directional(slope, step_for(params, v, dtype))
+        errors.append(error)
+        return value
 
-    return Product(apply, lambda: params.keys() - found.keys(), outputs, batches=False)
+    return Product(apply, lambda: params.keys() - found.keys(), outputs, batches=False, errors=errors)
 
 
 def _gradient(objective: Objective, params: Params) -> tuple[Params, Any]:

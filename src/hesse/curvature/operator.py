@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hesse.curvature.evaluate import refuse_parameters
-from hesse.curvature.product import Builder, Product, hold_padding, working
+from hesse.curvature.product import Builder, Product, hold_padding, points, working
 from hesse.curvature.sources import Batches
 from hesse.linalg.operator import LinearOperator
 from hesse.tree import Layout, Params
@@ -29,8 +29,9 @@ TRIAL = 8  # columns on which a block is timed against single vectors
 class Curvature(LinearOperator):
     """The curvature of a loss at a model's present parameters.
 
-    ``mode`` names how products are formed; ``unreached`` lists the parameters that the loss does not depend on, whose
-    rows are zero. When the parameters change, the operator is stale and says so at the next product.
+    ``mode`` names how products are formed; ``error`` is the largest estimated relative error of those formed so far by
+    differences, None otherwise; ``unreached`` lists the parameters that the loss does not depend on, whose rows are
+    zero. When the parameters change, the operator is stale and says so at the next product.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Curvature(LinearOperator):
         self._batches = batches
         self._build = build
         self._objective = working(batches.first)
-        self._params = self._objective.params
+        self._params = points(self._objective)
         refuse_parameters(self._params)
         wanted = {name: self._params[name] for name in names or self._params}
         first = next(iter(wanted.values()))
@@ -48,6 +49,7 @@ class Curvature(LinearOperator):
             dtype = torch.promote_types(dtype, p.dtype)
         super().__init__(self._apply, Layout.of(wanted), dtype=dtype, device=first.device, symmetric=True, psd=psd)
         self.mode = mode
+        self.error: float | None = None
         self._versions = self._version_numbers()
         self._kept = build(self._objective, self._params, 0) if batches.rest is None else None
         self._at_once: bool | None = None  # whether blocks of columns are faster: unknown until tried
@@ -81,6 +83,8 @@ class Curvature(LinearOperator):
         for weight, product in self._products():
             total += weight * self._columns(product, columns)
             weights += weight
+            if product.errors:
+                self.error = max([*product.errors, self.error or 0.0])
         if self._batches.rest is None:
             return total
         weights = self._sum_over_processes(total, weights)
@@ -93,7 +97,7 @@ class Curvature(LinearOperator):
             return
         for i, objective in self._batches:
             batch = working(objective)
-            product = self._build(batch, batch.params, i)
+            product = self._build(batch, points(batch), i)
             yield self._batches.weight(batch, product.outputs), product
 
     def _sum_over_processes(self, total: Tensor, weights: float) -> float:

@@ -7,7 +7,7 @@ depends on the model and the machine, so both are offered and the operator choos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from hesse.objective import Objective
 from hesse.tree import Params
 
-__all__ = ["Builder", "Product", "differentiable", "gradients", "hold_padding", "working"]
+__all__ = ["Builder", "Product", "differentiable", "gradients", "hold_padding", "points", "working"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Product:
         unreached: names of the parameters that the loss does not depend on; their rows are zero.
         outputs: of the model, when they were made on the way.
         batches: whether ``apply`` can take a block of vectors at once.
+        errors: of products by differences, the estimated relative errors; empty for the other modes.
     """
 
     apply: Callable[[Params, bool], Params]
     unreached: Callable[[], set[str]]
     outputs: Any
     batches: bool = True
+    errors: list[float] = field(default_factory=list)
 
 
 Builder = Callable[[Objective, Params, int], Product]  # the last is the batch's place in a data set: it seeds draws
@@ -45,6 +47,14 @@ def working(objective: Objective) -> Objective:
     """The objective, in float32 if a trainable parameter has less: eight bits do not survive two backward passes."""
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in objective.params.values())
     return objective.cast(torch.float32) if low else objective
+
+
+def points(objective: Objective) -> Params:
+    """The parameters to differentiate by: the live ones, or the same memory without the hooks on their gradients.
+
+    Such a hook (clipping, masking) changes what an optimiser gets, not the loss, and would enter the product twice.
+    """
+    return {name: p.detach().requires_grad_() if p._backward_hooks else p for name, p in objective.params.items()}
 
 
 def hold_padding(model: nn.Module, v: Params) -> Params:

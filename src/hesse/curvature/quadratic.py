@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-import torch.autograd.forward_ad as fw
 from torch import Tensor
 
 from hesse import tree
+from hesse.curvature.jacobian import jvp
 from hesse.linalg import solve_psd
 from hesse.objective import Objective
 
-__all__ = ["QuadraticModel", "jvp", "quadratic_model"]
+__all__ = ["QuadraticModel", "quadratic_model"]
 
 
 @dataclass(frozen=True)
@@ -77,49 +77,3 @@ def quadratic_model(
     flat = torch.stack([*slope, *chain(*rows), *chain(*gram)]).tolist()  # one synchronisation
     square = [flat[k + i * k : k + (i + 1) * k] for i in range(2 * k)]
     return QuadraticModel(flat[:k], square[:k], square[k:])
-
-
-def jvp(objective: Objective, direction: tree.Params) -> Tensor:
-    """``J v``: the derivative of the outputs along ``direction``, by forward-mode differentiation.
-
-    Where an operation has no forward derivative (LSTM), by differentiating the backward pass, which is linear in the
-    vector it is given, with respect to that vector.
-
-    Example:
-        The outputs of a linear layer are linear in its weight:
-
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> objective = Objective(model, torch.nn.functional.mse_loss, torch.tensor([[3.0, 4.0]]), torch.zeros(1, 1))
-        >>> jvp(objective, {"weight": torch.tensor([[1.0, 1.0]])})
-        tensor([[7.]])
-    """
-    try:
-        return _jvp_by_forward(objective, direction)
-    except (NotImplementedError, RuntimeError) as error:
-        if "forward" not in str(error):
-            raise
-        return _jvp_by_backward(objective, direction)
-
-
-def _jvp_by_forward(objective: Objective, direction: tree.Params) -> Tensor:
-    params = objective.params
-    with torch.no_grad(), fw.dual_level():
-        duals = {name: fw.make_dual(params[name].detach(), v) for name, v in direction.items()}
-        primal, tangent = fw.unpack_dual(objective.outputs({**params, **duals}))
-    return torch.zeros_like(primal) if tangent is None else tangent
-
-
-def _jvp_by_backward(objective: Objective, direction: tree.Params) -> Tensor:
-    with torch.enable_grad():
-        params = {name: p.detach().requires_grad_() for name, p in objective.params.items()}
-        outputs = objective.outputs(params)
-        u = torch.zeros_like(outputs, requires_grad=True)
-        wanted = [params[name] for name in direction]
-        rows = torch.autograd.grad(outputs, wanted, u, create_graph=True, allow_unused=True)
-        pairs = [
-            (row, v) for row, v in zip(rows, direction.values(), strict=True) if row is not None and row.requires_grad
-        ]
-        if not pairs:
-            return torch.zeros_like(outputs)
-        (tangent,) = torch.autograd.grad([r for r, _ in pairs], u, [v for _, v in pairs], allow_unused=True)
-    return torch.zeros_like(outputs) if tangent is None else tangent

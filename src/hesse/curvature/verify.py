@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hesse import tree
 from hesse.curvature.culprit import DerivativeError, culprit, operation
 from hesse.curvature.evaluate import evaluate, refuse_parameters
-from hesse.curvature.product import Builder, differentiable, gradients, hold_padding, working
+from hesse.curvature.product import Builder, differentiable, gradients, hold_padding, points, working
 from hesse.objective import Objective
 from hesse.tree import Params
 
@@ -52,7 +52,7 @@ def choose_jacobian(objective: Objective, modes: Mapping[str, Any], mode: str, v
     def product(name: str, objective: Objective, params: Params, v: Params) -> Params:
         with torch.enable_grad(), objective.at(params):
             outputs, _ = evaluate(objective, params)
-        return _numbered(modes[name](objective, params, outputs)(v, False))
+        return _numbered(modes[name](objective, params, outputs).apply(v, False))
 
     return _choose("Jacobian", objective, list(modes), mode, verify, product, _outputs)
 
@@ -92,13 +92,10 @@ def _choose(
                 known[key] = name
                 return name
             refusals.append(f"{name} is wrong{wrong}")
-    hooked = [name for name, p in objective.model.named_parameters() if p._backward_hooks]
-    where = (
-        f"hooks on the gradients of {', '.join(hooked[:3])} change them, and a changed gradient has no symmetric Hessian"
-        if hooked
-        else f"first to fail: {culprit(objective, _second_derivative)}"
+    raise DerivativeError(
+        f"no {what} product is to be trusted here: {'; '.join(refusals)}; first to fail: "
+        f"{culprit(objective, _second_derivative)}. {WAY_OUT}."
     )
-    raise DerivativeError(f"no {what} product is to be trusted here: {'; '.join(refusals)}; {where}. {WAY_OUT}.")
 
 
 def _refuse_random(objective: Objective) -> None:
@@ -119,7 +116,7 @@ def _wrong_parts(
     values: Callable[[Objective, Params], Params],
 ) -> str:
     """The parts of a product that differ from the differences of ``values``, as words; none if empty."""
-    params = objective.params
+    params = points(objective)
     exact = _in_float64(objective)
     wrong = ""
     for seed in range(2):
