@@ -73,11 +73,11 @@ def test_flat_vectors_columns_and_dicts_are_the_same_product() -> None:
     torch.testing.assert_close(operator.layout.flatten(columns), together, **ALGEBRA)
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_blocks_of_columns_are_single_products(at_once: bool) -> None:
+@pytest.mark.parametrize("way", ["one by one", "kept graph", "forward over reverse"])
+def test_blocks_of_columns_are_single_products(way: str) -> None:
     operator, _ = operator_and_oracle(as_double(problem("transformer, eval")))
     v = vectors(operator.shape[0], 33)
-    operator._at_once = at_once
+    operator._way = way
     torch.testing.assert_close((operator @ v)[:, ::16], operator @ v[:, ::16], **ALGEBRA)
 
 

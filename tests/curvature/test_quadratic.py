@@ -36,7 +36,7 @@ def random_direction(objective: Objective, seed: int) -> tree.Params:
 def by_backward(objective: Objective, v: tree.Params) -> Tensor:
     """``J v`` from the graph of the backward pass."""
     params = objective.params
-    (tangent,) = double_backward(objective, params, objective.outputs(params)).apply(v, False)
+    (tangent,) = double_backward(objective, params, objective.outputs(params)).apply(v)
     return tangent
 
 

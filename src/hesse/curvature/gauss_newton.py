@@ -157,9 +157,9 @@ def _through(jacobian_of: JacobianOf, middle_of: MiddleOf) -> Builder:
             rows = gradients(leaves, params, [torch.zeros_like(x) for x in leaves])
             return {name for name, row in zip(params, rows, strict=True) if row is None}
 
-        def apply(v: Params, batched: bool) -> Params:
+        def back(v: Params, tangents: Leaves, batched: bool) -> Params:
             wanted = {name: params[name] for name in v}
-            curved = middle(jacobian.apply(v, batched), batched)
+            curved = middle(tangents, batched)
             with objective.at(params):
                 rows = gradients(leaves, wanted, curved, batched=batched)
             return {
@@ -167,7 +167,9 @@ def _through(jacobian_of: JacobianOf, middle_of: MiddleOf) -> Builder:
                 for (name, value), row in zip(v.items(), rows, strict=True)
             }
 
-        return Product(apply, unreached, outputs, batches=jacobian.batches, errors=jacobian.errors)
+        columns = jacobian.at_once
+        at_once = {"kept graph": lambda v: back(v, columns(v), True)} if columns else {}
+        return Product(lambda v: back(v, jacobian.apply(v), False), unreached, outputs, at_once, jacobian.errors)
 
     return build
 

@@ -90,7 +90,7 @@ def double_backward(objective: Objective, params: Params, index: int = 0) -> Pro
         slopes = gradients([loss], params, [None], create=True)
     reached = {name: g for name, g in zip(params, slopes, strict=True) if g is not None}
 
-    def apply(v: Params, batched: bool) -> Params:
+    def apply(v: Params, batched: bool = False) -> Params:
         wanted = {name: params[name] for name in v}
         live = [name for name in v if name in reached]
         with objective.at(params):
@@ -100,14 +100,21 @@ def double_backward(objective: Objective, params: Params, index: int = 0) -> Pro
             for (name, value), row in zip(v.items(), rows, strict=True)
         }
 
-    return Product(apply, lambda: params.keys() - reached.keys(), outputs)
+    def forward_columns(v: Params) -> Params:
+        point = {name: params[name].detach() for name in v}
+        rest = {name: p.detach() for name, p in params.items() if name not in v}
+        slope = torch.func.grad(lambda at: objective({**rest, **at}))
+        return torch.vmap(lambda u: torch.func.jvp(slope, (point,), (u,))[1], randomness="same")(v)
+
+    at_once = {"kept graph": lambda v: apply(v, batched=True), "forward over reverse": forward_columns}
+    return Product(apply, lambda: params.keys() - reached.keys(), outputs, at_once)
 
 
 def forward_over_reverse(objective: Objective, params: Params, index: int = 0) -> Product:
     """The derivative of the gradient along v: a backward pass over dual numbers."""
     found, outputs = _gradient(objective, params)
 
-    def apply(v: Params, batched: bool) -> Params:
+    def apply(v: Params) -> Params:
         with torch.enable_grad(), fw.dual_level():
             duals = {
                 name: fw.make_dual(p.detach().requires_grad_(), v[name]) if name in v else p.detach()
@@ -122,7 +129,7 @@ def forward_over_reverse(objective: Objective, params: Params, index: int = 0) -
             for (name, value), t in zip(v.items(), tangents, strict=True)
         }
 
-    return Product(apply, lambda: params.keys() - found.keys(), outputs, batches=False)
+    return Product(apply, lambda: params.keys() - found.keys(), outputs)
 
 
 def differences(objective: Objective, params: Params, index: int = 0) -> Product:
@@ -130,7 +137,7 @@ def differences(objective: Objective, params: Params, index: int = 0) -> Product
     found, outputs = _gradient(objective, params)
     errors: list[float] = []
 
-    def apply(v: Params, batched: bool) -> Params:
+    def apply(v: Params) -> Params:
         def slope(t: float) -> Params:
             moved = {
                 name: (p.detach() + t * v[name] if name in v else p.detach()).requires_grad_()
@@ -144,7 +151,7 @@ def differences(objective: Objective, params: Params, index: int = 0) -> Product
         errors.append(error)
         return value
 
-    return Product(apply, lambda: params.keys() - found.keys(), outputs, batches=False, errors=errors)
+    return Product(apply, lambda: params.keys() - found.keys(), outputs, errors=errors)
 
 
 def _gradient(objective: Objective, params: Params) -> tuple[Params, Any]:

@@ -29,14 +29,13 @@ class Jacobian:
     """``v -> J v`` at one batch.
 
     Args:
-        apply: from named tensors, with a leading dimension of vectors or without, to one tensor for each output that
-            depends on parameters.
-        batches: whether ``apply`` takes a block of vectors at once.
+        apply: from named tensors to one tensor for each output that depends on parameters.
+        at_once: the same for k vectors, with a leading dimension each, where there is a way.
         errors: of products by differences, the estimated relative errors.
     """
 
-    apply: Callable[[Params, bool], list[Tensor]]
-    batches: bool = False
+    apply: Callable[[Params], list[Tensor]]
+    at_once: Callable[[Params], list[Tensor]] | None = None
     errors: list[float] = field(default_factory=list)
 
 
@@ -51,21 +50,21 @@ def double_backward(objective: Objective, params: Params, outputs: Any) -> Jacob
         found = gradients(leaves, params, list(u.values()), create=True)
     rows = {name: row for name, row in zip(params, found, strict=True) if row is not None}
 
-    def apply(v: Params, batched: bool) -> list[Tensor]:
+    def apply(v: Params, batched: bool = False) -> list[Tensor]:
         live = [name for name in v if name in rows]
         with objective.at(params):
             tangents = gradients([rows[name] for name in live], u, [v[name] for name in live], batched=batched)
         k = next(iter(v.values())).shape[:1] if batched else ()
         return [x.new_zeros(*k, *x.shape) if t is None else t for x, t in zip(leaves, tangents, strict=True)]
 
-    return Jacobian(apply, batches=True)
+    return Jacobian(apply, lambda v: apply(v, batched=True))
 
 
 def forward(objective: Objective, params: Params, outputs: Any) -> Jacobian:
     """By dual numbers, one forward pass a product."""
     moving = _moving(outputs)
 
-    def apply(v: Params, batched: bool) -> list[Tensor]:
+    def apply(v: Params) -> list[Tensor]:
         found = _tangents(objective, params, v)
         return [found[i] for i in moving]
 
@@ -77,7 +76,7 @@ def differences(objective: Objective, params: Params, outputs: Any) -> Jacobian:
     moving = _moving(outputs)
     errors: list[float] = []
 
-    def apply(v: Params, batched: bool) -> list[Tensor]:
+    def apply(v: Params) -> list[Tensor]:
         def at(t: float) -> Params:
             moved = {name: params[name] + t * u for name, u in v.items()}
             with torch.no_grad():
@@ -112,7 +111,7 @@ def jvp(objective: Objective, direction: Params) -> Tensor:
             raise
         with torch.enable_grad():
             outputs = objective.outputs(params)
-        (tangent,) = double_backward(objective, params, outputs).apply(direction, False)
+        (tangent,) = double_backward(objective, params, outputs).apply(direction)
     return tangent
 
 

@@ -6,24 +6,21 @@ share is here: the order of parameters, blocks by name, columns one by one or at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from time import perf_counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from hesse.curvature.blocks import ONE_BY_ONE, TRIAL, fastest, through
 from hesse.curvature.evaluate import refuse_parameters
 from hesse.curvature.product import Builder, Product, hold_padding, points, working
 from hesse.curvature.sources import Batches
 from hesse.linalg.operator import LinearOperator
-from hesse.tree import Layout, Params
+from hesse.tree import Layout
 
 __all__ = ["Curvature"]
-
-BLOCK = 32  # columns at once: memory grows with each, and the gain has flattened out
-TRIAL = 8  # columns on which a block is timed against single vectors
 
 
 class Curvature(LinearOperator):
@@ -52,7 +49,7 @@ class Curvature(LinearOperator):
         self.error: float | None = None
         self._versions = self._version_numbers()
         self._kept = build(self._objective, self._params, 0) if batches.rest is None else None
-        self._at_once: bool | None = None  # whether blocks of columns are faster: unknown until tried
+        self._way: str | None = None  # how many columns are dealt with: unknown until tried
 
     @property
     def unreached(self) -> list[str]:
@@ -108,60 +105,16 @@ class Curvature(LinearOperator):
         dist.all_reduce(summed)
         return float(summed)
 
-    # -- columns one by one, or at once -----------------------------------------------------------------------------
-
     def _columns(self, product: Product, columns: Tensor) -> Tensor:
-        k = columns.shape[1]
-        if k < TRIAL or not product.batches:
-            return self._one_by_one(product, columns)
-        if self._at_once is None:
-            self._at_once = self._faster_at_once(product, columns[:, :TRIAL])
-        if not self._at_once:
-            return self._one_by_one(product, columns)
-        return torch.cat([self._block(product, part) for part in columns.split(BLOCK, dim=1)], dim=1)
-
-    def _one_by_one(self, product: Product, columns: Tensor) -> Tensor:
-        results = [self._flat(product.apply(self._named(column), False)) for column in columns.unbind(1)]
-        return torch.stack(results, dim=1) if results else torch.empty_like(columns)
-
-    def _block(self, product: Product, columns: Tensor) -> Tensor:
         assert self.layout is not None
+        if columns.shape[1] == 0:
+            return columns.clone()
         parts = {name: part.movedim(-1, 0).to(self._params[name]) for name, part in self.layout.split(columns).items()}
-        rows = product.apply(hold_padding(self._batches.first.model, parts), True)
-        k = columns.shape[1]
-        return torch.cat([rows[name].reshape(k, -1).to(columns) for name in self.layout.shapes], dim=1).T
-
-    def _faster_at_once(self, product: Product, columns: Tensor) -> bool:
-        """Whether a block of columns takes less time than one column after the other, and gives the same."""
-        few = columns[:, :2]
-        try:
-            self._block(product, few)  # the first call compiles vmap's decompositions
-        except (NotImplementedError, RuntimeError):  # an operation that vmap cannot batch: one by one always works
-            return False
-        single, together = self._timed(lambda: self._one_by_one(product, few)), None
-        together = self._timed(lambda: self._block(product, columns))
-        same = torch.allclose(together[1][:, :2], single[1], rtol=1e-3, atol=1e-3 * float(single[1].abs().max()))
-        return same and together[0] / columns.shape[1] < single[0] / 2
-
-    def _timed(self, run: Callable[[], Tensor]) -> tuple[float, Tensor]:
-        self._wait()
-        began = perf_counter()
-        result = run()
-        self._wait()
-        return perf_counter() - began, result
-
-    def _wait(self) -> None:
-        if self.device.type in ("cuda", "xpu", "mps"):
-            getattr(torch, self.device.type).synchronize()
-
-    def _named(self, column: Tensor) -> Params:
-        assert self.layout is not None
-        parts = {name: part.to(self._params[name]) for name, part in self.layout.split(column).items()}
-        return hold_padding(self._batches.first.model, parts)
-
-    def _flat(self, x: Params) -> Tensor:
-        assert self.layout is not None
-        return torch.cat([x[name].reshape(-1).to(self.device, self.dtype) for name in self.layout.shapes])
+        parts = hold_padding(self._batches.first.model, parts)
+        if self._way is None and columns.shape[1] >= TRIAL:
+            self._way = fastest(product, {name: part[:TRIAL] for name, part in parts.items()})
+        found = through(product, self._way or ONE_BY_ONE, parts)
+        return torch.cat([found[name].flatten(1).to(columns) for name in self.layout.shapes], dim=1).T
 
     # -- staleness --------------------------------------------------------------------------------------------------
 

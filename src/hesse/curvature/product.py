@@ -1,12 +1,12 @@
 """A curvature of one batch as a product with named vectors: what every way of forming one has in common.
 
-The graph that autograd keeps can be walked for one vector or, under ``vmap``, for a block of them; which is faster
-depends on the model and the machine, so both are offered and the operator chooses by the clock.
+A graph that autograd keeps can be walked for one vector or, under ``vmap``, for a block of them; both are offered, and
+:mod:`hesse.curvature.blocks` chooses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,18 +25,18 @@ class Product:
     """``v -> B v`` at one batch.
 
     Args:
-        apply: takes tensors shaped as some of the parameters, by name, and whether each has a leading dimension k of
-            vectors; gives the same back for the block of B of these parameters.
+        apply: takes tensors shaped as some of the parameters, by name; gives the same back, for the block of B of these
+            parameters.
         unreached: names of the parameters that the loss does not depend on; their rows are zero.
         outputs: of the model, when they were made on the way.
-        batches: whether ``apply`` can take a block of vectors at once.
+        at_once: ways to do the same for k vectors, tensors [k, *shape], by a name for each.
         errors: of products by differences, the estimated relative errors; empty for the other modes.
     """
 
-    apply: Callable[[Params, bool], Params]
+    apply: Callable[[Params], Params]
     unreached: Callable[[], set[str]]
     outputs: Any
-    batches: bool = True
+    at_once: Mapping[str, Callable[[Params], Params]] = field(default_factory=dict)
     errors: list[float] = field(default_factory=list)
 
 

@@ -41,7 +41,7 @@ def choose_hessian(objective: Objective, modes: Mapping[str, Builder], mode: str
     """
 
     def product(name: str, objective: Objective, params: Params, v: Params) -> Params:
-        return modes[name](objective, params, 0).apply(v, False)
+        return modes[name](objective, params, 0).apply(v)
 
     return _choose("Hessian", objective, list(modes), mode, verify, product, _slopes)
 
@@ -52,7 +52,7 @@ def choose_jacobian(objective: Objective, modes: Mapping[str, Any], mode: str, v
     def product(name: str, objective: Objective, params: Params, v: Params) -> Params:
         with torch.enable_grad(), objective.at(params):
             outputs, _ = evaluate(objective, params)
-        return _numbered(modes[name](objective, params, outputs).apply(v, False))
+        return _numbered(modes[name](objective, params, outputs).apply(v))
 
     return _choose("Jacobian", objective, list(modes), mode, verify, product, _outputs)
 
