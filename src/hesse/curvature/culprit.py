@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from hesse.objective import Objective
 from hesse.objective.purity import random_state, set_random_state
 
-__all__ = ["DerivativeError", "culprit", "operation"]
+__all__ = ["DerivativeError", "culprit", "custom_functions", "operation"]
 
 Test = Callable[[Callable[[list[Tensor]], Tensor], list[Tensor]], str | None]
 
@@ -127,7 +127,7 @@ def _test_loss(objective: Objective, outputs: Any, test: Test) -> tuple[str | No
 def _curved(output: Any, functions: list[str]) -> Tensor:
     """A number whose second derivative feels every element of ``output``."""
     parts = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
-    functions[:] = sorted({name for x in parts if x.grad_fn is not None for name in _custom_functions(x.grad_fn)})
+    functions[:] = sorted({name for x in parts if x.grad_fn is not None for name in custom_functions(x.grad_fn)})
     total = torch.zeros((), dtype=torch.float64)
     for x in parts:
         weights = torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)
@@ -135,7 +135,7 @@ def _curved(output: Any, functions: list[str]) -> Tensor:
     return total
 
 
-def _custom_functions(root: Any) -> Iterator[str]:
+def custom_functions(root: Any) -> Iterator[str]:
     """Names of the ``autograd.Function`` classes in the graph below ``root``."""
     seen, stack = set(), [root]
     while stack:

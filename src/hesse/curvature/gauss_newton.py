@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from hesse.curvature.evaluate import evaluate
 from hesse.curvature.jacobian import JACOBIANS, JacobianOf
 from hesse.curvature.operator import Curvature
-from hesse.curvature.output import OutputCurvature, output_curvature, term_gradients
+from hesse.curvature.output import output_curvature, term_gradients
 from hesse.curvature.product import Builder, Product, differentiable, gradients
 from hesse.curvature.sources import Reduction, batches_of
 from hesse.curvature.verify import choose_jacobian
@@ -90,7 +90,8 @@ def fisher(
     """The Fisher information matrix, the second moment of the log-likelihood's gradients.
 
     Args:
-        model, loss_fn, batch, mode, reduction, verify, progress: as for :func:`ggn`.
+        model, loss_fn, batch, mode, verify, progress: as for :func:`ggn`.
+        reduction: as for :func:`ggn`; it also says whether a loss of your own averages over examples or adds them up.
         fisher_type: ``"exact"``: the expectation over labels of the loss's own probability model (for cross-entropy
             and the squared error the Gauss-Newton matrix); ``"sampled"``: one label drawn for each term;
             ``"empirical"``: the labels of the data, which is no curvature but often taken for one.
@@ -118,7 +119,7 @@ def fisher(
     middles: dict[str, MiddleOf] = {
         "exact": _exact_fisher,
         "sampled": lambda objective, outputs, i: _sampled_fisher(objective, outputs, seed + i),
-        "empirical": _empirical_fisher,
+        "empirical": lambda objective, outputs, i: _empirical_fisher(objective, outputs, reduction),
     }
     if fisher_type not in middles:
         raise ValueError(f"fisher_type must be one of {', '.join(map(repr, middles))}; got {fisher_type!r}.")
@@ -184,29 +185,25 @@ def _loss_hessian(objective: Objective, outputs: Any, index: int) -> Middle:
 
 
 def _exact_fisher(objective: Objective, outputs: Any, index: int) -> Middle:
-    curvature = _known(objective, outputs)
+    curvature = output_curvature(objective.loss_fn, outputs, objective.targets)
     curvature.fisher(torch.zeros_like(outputs))  # a loss without a probability model is refused here, not at a product
     return _on_tensor(curvature.fisher)
 
 
 def _sampled_fisher(objective: Objective, outputs: Any, seed: int) -> Middle:
-    curvature = _known(objective, outputs)
+    curvature = output_curvature(objective.loss_fn, outputs, objective.targets)
     generator = torch.Generator(outputs.device).manual_seed(seed)
-    return _outer(curvature.label(generator), curvature)
+    r = curvature.label(generator)
+    return _on_tensor(lambda u: curvature.outer(r, u))
 
 
-def _empirical_fisher(objective: Objective, outputs: Any, index: int) -> Middle:
-    curvature = _known(objective, outputs)
-    return _outer(term_gradients(objective.loss_fn, outputs, objective.targets, curvature), curvature)
-
-
-def _known(objective: Objective, outputs: Any) -> OutputCurvature:
-    return output_curvature(objective.loss_fn, outputs, objective.targets)
-
-
-def _outer(r: Tensor, curvature: OutputCurvature) -> Middle:
-    """``u -> w r (r . u)`` for each term alone."""
-    return _on_tensor(lambda u: curvature.weight * r * (r * u).sum(curvature.axes, keepdim=True))
+def _empirical_fisher(objective: Objective, outputs: Any, reduction: Reduction) -> Middle:
+    loss_fn, targets = objective.loss_fn, objective.targets
+    curvature = output_curvature(loss_fn, outputs, targets)
+    if curvature.reduction is None:  # a loss of one's own does not say what a term weighs
+        curvature = output_curvature(loss_fn, outputs, targets, reduction)
+    r = term_gradients(loss_fn, outputs, targets, curvature)
+    return _on_tensor(lambda u: curvature.outer(r, u))
 
 
 def _on_tensor(product: Callable[[Tensor], Tensor]) -> Middle:

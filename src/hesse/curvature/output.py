@@ -1,189 +1,132 @@
 """Curvature of a loss at the model's outputs: the H_L of the Gauss-Newton matrix J' H_L J.
 
-A loss is a weighted sum of terms, ``loss = sum_n w_n l(o_n, t_n)``; each term's Hessian at its outputs o_n is known in
-closed form and does not depend on what the network does. For these losses the Gauss-Newton matrix is also the Fisher
-matrix of a probability model, so H_L = E[r r'] for the gradient r of a label drawn from that model: one backward
-pass of r samples the curvature of the whole network (Martens, 2020, section 9).
-
-=====================  ==================  ================================  ==========================
-loss                   model of the label  Hessian of a term                 a draw r with E[r r'] = H
-=====================  ==================  ================================  ==========================
-cross-entropy          categorical         diag(p) - p p'                    p - onehot(y), y ~ p
-binary cross-entropy   Bernoulli           p (1 - p)                         p - y, y ~ p
-mean squared error     Gaussian            2                                 sqrt(2) z, z ~ N(0, 1)
-=====================  ==================  ================================  ==========================
+What is known about H_L does not depend on what the network does. For most losses the Gauss-Newton matrix is also the
+Fisher matrix of a probability model, so H_L = E[r r'] for the gradient r of a label drawn from that model: one
+backward pass of r samples the curvature of the whole network (Martens, 2020, section 9). With the labels of the data in
+place of drawn ones E[r r'] is the empirical Fisher, which is no curvature (Kunstner, Balles and Hennig, 2019), though
+often asked for. Each loss of torch.nn has its closed form in :mod:`hesse.curvature.losses`; any other is
+differentiated twice.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["OutputCurvature", "output_curvature"]
+from hesse.curvature.losses import FORMS, REFUSED, OutputCurvature, function_of, own_loss
+from hesse.curvature.losses.base import plain
 
-
-@dataclass(frozen=True)
-class OutputCurvature:
-    """H_L of one batch, as an action on tensors shaped like the outputs.
-
-    Args:
-        product: ``u -> H_L u``, with the weights of the reduction included.
-        draw: ``() -> (r, weight)``: a random tensor shaped like the outputs with E[r r'] = H_n for each term alone,
-            zero for terms that do not count, and the weight w of one term (1 / number of terms for a mean).
-        terms: how many terms the loss is made of.
-    """
-
-    product: Callable[[Tensor], Tensor]
-    draw: Callable[[], tuple[Tensor, float]]
-    terms: float
+__all__ = ["OutputCurvature", "output_curvature", "term_gradients"]
 
 
-def output_curvature(loss_fn: Callable[..., Any], outputs: Any, targets: Any) -> OutputCurvature:
+def output_curvature(
+    loss_fn: Callable[..., Any], outputs: Any, targets: Any, reduction: str | None = None
+) -> OutputCurvature:
     """The exact Gauss-Newton factor of ``loss_fn`` at ``outputs``.
 
     Args:
-        loss_fn: ``F.cross_entropy``, ``F.binary_cross_entropy_with_logits``, ``F.mse_loss``, a ``functools.partial``
-            of one with keywords (class weights, ``ignore_index``, ``label_smoothing``, ``pos_weight``, ``reduction``),
-            or the matching ``torch.nn`` module.
-        outputs: what the model returned, a tensor.
+        loss_fn: a loss of ``torch.nn.functional``, a ``functools.partial`` of one with keywords (class weights,
+            ``ignore_index``, ``pos_weight``, ``var``, ``reduction``), the matching ``torch.nn`` module, or any function
+            ``loss_fn(outputs, targets)`` of your own that returns one number and can be differentiated twice. A torch
+            loss inside a function or a lambda counts as your own: pass it itself, and it costs less and can do more.
+        outputs: what the model returned, a tensor. bfloat16 and float16 are computed with in float32.
         targets: as the loss takes them.
+        reduction: "mean" or "sum", of a loss of your own: whether it averages over the examples, dimension 0, or adds
+            them up. Only weights and counts ask, H_L does not. A torch loss says it itself.
 
     Raises:
-        TypeError: the loss has no known factor, or the outputs are not one tensor.
+        TypeError: the outputs are not one real tensor, or the loss is one without a curvature, such as ``l1_loss``.
+        ValueError: the loss is not one number, the outputs are empty, or outputs or targets are not what it takes.
+        RuntimeError: (at a product) a loss of your own cannot be differentiated twice.
+
+    References:
+        Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, Neural Computation 2002.
+        Martens, New insights and perspectives on the natural gradient method, JMLR 2020.
 
     Example:
-        The squared error of n numbers, averaged, has the Hessian 2 / n:
+        The squared error of n numbers, averaged, has the Hessian 2 / n; a fourth power has one that depends on where:
 
-        >>> outputs = torch.zeros(4, 1)
-        >>> output_curvature(F.mse_loss, outputs, outputs).product(torch.ones(4, 1)).flatten().tolist()
+        >>> outputs = torch.full((4, 1), 2.0)
+        >>> square = output_curvature(torch.nn.functional.mse_loss, outputs, torch.zeros(4, 1))
+        >>> square.product(torch.ones(4, 1)).flatten().tolist()
         [0.5, 0.5, 0.5, 0.5]
+        >>> fourth = output_curvature(lambda outputs, targets: (outputs - targets).pow(4).sum(), outputs, 0.0)
+        >>> fourth.product(torch.ones(4, 1)).flatten().tolist()
+        [48.0, 48.0, 48.0, 48.0]
     """
+    outputs = _one_tensor(outputs)
+    function, options = function_of(loss_fn)
+    name = _name(function)
+    if function in REFUSED:
+        raise TypeError(f"no Gauss-Newton factor is known for the loss {name!r}: {REFUSED[function]}")
+    if reduction not in (None, "mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum'; got {reduction!r}.")
+    if function in FORMS:
+        own = options.get("reduction", "mean")
+        if reduction not in (None, own):
+            raise ValueError(f"the loss {name!r} has reduction={own!r} itself; got reduction={reduction!r} beside it.")
+        plain_options = {key: plain(value) for key, value in options.items()}
+        return FORMS[function](outputs, plain(targets), **plain_options)
+    return own_loss(loss_fn, name, outputs, plain(targets), reduction)
+
+
+def term_gradients(loss_fn: Callable[..., Any], outputs: Any, targets: Any, curvature: OutputCurvature) -> Tensor:
+    """The gradient r_n of each term's own loss at its outputs: the ``label`` of the data's labels.
+
+    ``weight * sum_n r_n r_n'`` is the empirical Fisher matrix at the outputs. Zero for terms that do not count.
+
+    Args:
+        loss_fn, outputs, targets: as given to :func:`output_curvature`.
+        curvature: what it returned.
+
+    Returns:
+        ``d loss / d outputs`` without the weight of a term, shaped like the outputs, float32 at least.
+
+    Raises:
+        TypeError: whether a loss of your own averages or adds up was not said, so what a term weighs is not known.
+
+    Example:
+        >>> outputs, targets = torch.tensor([[3.0], [1.0]]), torch.zeros(2, 1)
+        >>> loss_fn = torch.nn.functional.mse_loss
+        >>> term_gradients(loss_fn, outputs, targets, output_curvature(loss_fn, outputs, targets)).flatten().tolist()
+        [6.0, 2.0]
+    """
+    outputs = _one_tensor(outputs)
+    if curvature.reduction is None:
+        raise TypeError(
+            f"the gradient of one term of the loss {curvature.name!r} needs to know what a term weighs, and a loss of "
+            "your own does not say: pass reduction='mean' if it averages over the examples, 'sum' if it adds them up."
+        )
+    if not curvature.weight:
+        return torch.zeros_like(outputs)  # no term counts: the loss is 0 / 0, and so would its gradient be
+    function, options = function_of(loss_fn)
+    if function in FORMS:  # with the options in the precision of the outputs
+        loss_fn = functools.partial(function, **{key: plain(value) for key, value in options.items()})
+    with torch.enable_grad():
+        x = outputs.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_fn(x.clone(), plain(targets)), x)
+    return gradient / curvature.weight
+
+
+def _one_tensor(outputs: Any) -> Tensor:
     if not isinstance(outputs, Tensor):
         raise TypeError(
             f"the Gauss-Newton factor needs the model to return one tensor; it returned {type(outputs).__name__}. "
             "Return the tensor that the loss is taken of, or wrap the model in one that does."
         )
-    function, options = _function_of(loss_fn)
-    factor = _FACTORS.get(function) if isinstance(function, Callable) else None  # type: ignore[arg-type]
-    if factor is None:
-        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    if not outputs.is_floating_point():
         raise TypeError(
-            f"no Gauss-Newton factor is known for the loss {name!r}. Known: cross_entropy, mse_loss and "
-            "binary_cross_entropy_with_logits of torch.nn.functional, functools.partial of them with keywords, and the "
-            "modules CrossEntropyLoss, MSELoss, BCEWithLogitsLoss. A lambda around one hides it: pass the loss itself."
+            f"the Gauss-Newton factor needs real outputs that can be differentiated; they are {outputs.dtype}. Return "
+            "the scores, not their argmax; a complex output as its real and imaginary parts (torch.view_as_real)."
         )
-    return factor(outputs.detach(), targets, **options)
+    if not outputs.numel():
+        raise ValueError(f"the outputs are empty, of shape {list(outputs.shape)}: is the batch?")
+    return plain(outputs)
 
 
-def _function_of(loss_fn: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    if isinstance(loss_fn, functools.partial) and not loss_fn.args:
-        return loss_fn.func, dict(loss_fn.keywords)
-    if type(loss_fn) is nn.CrossEntropyLoss:
-        keys = ("weight", "ignore_index", "reduction", "label_smoothing")
-        return F.cross_entropy, {key: getattr(loss_fn, key) for key in keys}
-    if type(loss_fn) is nn.BCEWithLogitsLoss:
-        return F.binary_cross_entropy_with_logits, {
-            key: getattr(loss_fn, key) for key in ("weight", "pos_weight", "reduction")
-        }
-    if type(loss_fn) is nn.MSELoss:
-        return F.mse_loss, {"reduction": loss_fn.reduction}
-    return loss_fn, {}
-
-
-def _cross_entropy(
-    outputs: Tensor,
-    targets: Tensor,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> OutputCurvature:
-    # Classes lie in dimension 1, or 0 when there is no batch; smoothing moves the gradient, not the Hessian,
-    # unless classes are weighted: then a term's weight is the sum of its smoothed target weights.
-    axis = 1 if outputs.ndim > 1 else 0
-    p = outputs.softmax(axis)
-    classes = outputs.shape[axis]
-    if targets.is_floating_point():  # class probabilities: a term's weight is sum_c t_c w_c
-        soft = targets * (1 - label_smoothing) + label_smoothing / classes
-        per_class = torch.ones(classes, device=outputs.device, dtype=outputs.dtype) if weight is None else weight
-        shape = [1] * outputs.ndim
-        shape[axis] = classes
-        terms = (soft * per_class.view(shape)).sum(axis, keepdim=True)
-        number = total = float(terms.numel())  # torch divides by the number of terms here, not by their weights
-    else:
-        counted = (targets != ignore_index).unsqueeze(axis)
-        terms = counted.to(outputs.dtype)
-        number = total = float(counted.sum())
-        if weight is not None:
-            own = weight[targets.clamp_min(0).where(targets != ignore_index, 0)].unsqueeze(axis)
-            terms = terms * ((1 - label_smoothing) * own + label_smoothing * weight.mean())
-            total = float((own * counted).sum())
-    scale = _scale(reduction, total)
-
-    def product(u: Tensor) -> Tensor:
-        return scale * terms * (p * u - p * (p * u).sum(axis, keepdim=True))
-
-    def draw() -> tuple[Tensor, float]:
-        rows = p.movedim(axis, -1)
-        labels = torch.multinomial(rows.reshape(-1, classes), 1).view(rows.shape[:-1])
-        onehot = F.one_hot(labels, classes).to(p.dtype).movedim(-1, axis)
-        return terms.sqrt() * (p - onehot), scale
-
-    return OutputCurvature(product, draw, number)
-
-
-def _binary_cross_entropy(
-    outputs: Tensor,
-    targets: Tensor,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-    reduction: str = "mean",
-) -> OutputCurvature:
-    p = outputs.sigmoid()
-    terms = torch.ones_like(outputs) if weight is None else weight.expand_as(outputs)
-    if pos_weight is not None:
-        terms = terms * (1 + (pos_weight - 1) * targets)
-    scale = _scale(reduction, outputs.numel())
-
-    def product(u: Tensor) -> Tensor:
-        return scale * terms * p * (1 - p) * u
-
-    def draw() -> tuple[Tensor, float]:
-        return terms.sqrt() * (p - torch.bernoulli(p)), scale
-
-    return OutputCurvature(product, draw, outputs.numel())
-
-
-def _mean_squared_error(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> OutputCurvature:
-    if targets.shape != outputs.shape:
-        raise ValueError(
-            f"mse_loss broadcasts outputs {list(outputs.shape)} against targets {list(targets.shape)}, which averages "
-            "over pairs that do not belong together. Give both the same shape, for instance targets.view_as(outputs)."
-        )
-    scale = _scale(reduction, outputs.numel())
-
-    def draw() -> tuple[Tensor, float]:
-        return 2**0.5 * torch.randn_like(outputs), scale
-
-    return OutputCurvature(lambda u: 2 * scale * u, draw, outputs.numel())
-
-
-def _scale(reduction: str, total: float) -> float:
-    if reduction == "mean":
-        return 1 / max(total, 1e-30)
-    if reduction == "sum":
-        return 1.0
-    raise ValueError(f"the loss must be one number; got reduction={reduction!r}. Use reduction='mean' or 'sum'.")
-
-
-_FACTORS: dict[Callable[..., Any], Callable[..., OutputCurvature]] = {
-    F.cross_entropy: _cross_entropy,
-    F.binary_cross_entropy_with_logits: _binary_cross_entropy,
-    F.mse_loss: _mean_squared_error,
-}
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)

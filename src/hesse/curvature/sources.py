@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler
-from tqdm.auto import tqdm
 
 from hesse.curvature.output import output_curvature
 from hesse.objective import Objective
@@ -47,6 +46,8 @@ class Batches:
         if self.rest is None:
             yield 0, self.first
             return
+        from tqdm.auto import tqdm  # only who goes through many batches waits for it
+
         model, loss_fn = self.first.model, self.first.loss_fn
         rank, ranks = self._share()
         shown = tqdm(self.rest, disable=not self.progress or rank != 0, desc="batches", leave=False)
@@ -112,7 +113,7 @@ def _terms(batch: Objective, outputs: Any) -> float:
     if isinstance(outputs, Tensor):
         try:
             return output_curvature(batch.loss_fn, outputs.detach(), batch.targets).total
-        except TypeError:
-            pass  # a loss without Gauss-Newton factor: its mean is over examples
+        except (TypeError, ValueError):
+            pass  # a loss that has no Gauss-Newton factor here: its mean is over examples
     leaves = [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.ndim > 0]
     return float(len(leaves[0])) if leaves else 1.0
