@@ -38,7 +38,7 @@ class Curvature(LinearOperator):
         self._build = build
         self._objective = working(batches.first)
         self._params = points(self._objective)
-        refuse_parameters(self._params)
+        refuse_parameters(self._objective.model, self._params)
         wanted = {name: self._params[name] for name in names or self._params}
         first = next(iter(wanted.values()))
         dtype = torch.promote_types(torch.float32, first.dtype)

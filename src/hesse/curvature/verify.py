@@ -72,7 +72,7 @@ def _choose(
     if key in known:
         return known[key]
     objective = working(objective)
-    refuse_parameters(objective.params)
+    refuse_parameters(objective.model, objective.params)
     _refuse_random(objective)
     if mode == "differences":
         return mode
@@ -209,8 +209,12 @@ def _second_derivative(scalar: Callable[[list[Tensor]], Tensor], tensors: list[T
     live = [x.clone().requires_grad_() for x in tensors]
     try:
         slopes = gradient(live, True)
-    except (RuntimeError, NotImplementedError):
-        return None  # not even a first derivative: a module that is not differentiated
+    except (RuntimeError, NotImplementedError) as error:
+        try:
+            gradient(live, False)
+        except (RuntimeError, NotImplementedError):
+            return None  # not even a first derivative: a module that is not differentiated
+        return f"a second derivative is refused by {operation(error)}"
     pairs = [(g, u) for g, u in zip(slopes, v, strict=True) if g is not None and g.requires_grad]
     try:
         at = {str(i): x for i, x in enumerate(live)}

@@ -1,8 +1,9 @@
 """Kernels that can be differentiated twice, in place of fused ones that cannot.
 
-Two of torch's fused kernels were written for one backward pass. Fused attention refuses a second one, and so does the
-fast path of the transformer layers. ``weight_norm`` on the CPU is worse: its second derivative in the direction v comes
-out up to 70 % wrong without a word. Both have plain counterparts, which run here instead.
+Some of torch's kernels were written for one backward pass. Fused attention refuses a second one, and so does the fast
+path of the transformer layers. ``weight_norm`` on the CPU is worse: its second derivative in the direction v comes out
+up to 70 % wrong without a word. Sparse gradients of embeddings cannot be differentiated. All have plain counterparts,
+which run here instead.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import _WeightNorm
@@ -24,14 +26,16 @@ __all__ = ["plain_for"]
 def plain_for(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
     """A context in which ``model`` runs on kernels that can be differentiated twice.
 
-    Looking at every operation costs about two microseconds each, so only models with ``weight_norm`` pay for it.
+    Looking at every operation costs about two microseconds each, so only models that have ``weight_norm`` or sparse
+    embeddings pay for it.
     """
-    normed = any(
+    watched = any(
         isinstance(module, _WeightNorm)
+        or getattr(module, "sparse", False)
         or any(isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values())
         for module in model.modules()
     )
-    return _plain_weight_norm if normed else _plain_attention
+    return _plain_operations if watched else _plain_attention
 
 
 @contextmanager
@@ -46,18 +50,32 @@ def _plain_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _plain_weight_norm() -> Iterator[None]:
-    with _plain_attention(), _PlainWeightNorm():
+def _plain_operations() -> Iterator[None]:
+    with _plain_attention(), _PlainOperations():
         yield
 
 
-class _PlainWeightNorm(TorchFunctionMode):
+class _PlainOperations(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch._weight_norm:
             return _weight_norm(*args, **(kwargs or {}))
+        if func is F.embedding:
+            return _dense_embedding(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _dense_embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse=False)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
