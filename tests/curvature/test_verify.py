@@ -152,8 +152,8 @@ def test_a_wrong_loss_is_the_culprit() -> None:
 
 def test_the_verdict_is_remembered_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    before = verify._wrong_parts
-    monkeypatch.setattr(verify, "_wrong_parts", lambda *a: asked.append(1) or before(*a))
+    before = verify._wrong
+    monkeypatch.setattr(verify, "_wrong", lambda *a: asked.append(1) or before(*a))
     model = net(nn.Identity())
     for _ in range(3):
         hessian(model, F.cross_entropy, (X, Y))

@@ -42,9 +42,9 @@ def refuse_parameters(model: nn.Module, params: Params) -> None:
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise ValueError(
-                f"module {path!r} ({type(module).__name__}) has max_norm={module.max_norm}: every forward pass shortens "
-                "its rows in place, so the loss is no function of the weights as they are. Set max_norm=None and bound "
-                "the rows with a parametrization or a penalty."
+                f"module {path!r} ({type(module).__name__}) has max_norm={module.max_norm}: every forward pass "
+                "shortens its rows in place, so the loss is no function of the weights as they are. Set max_norm=None "
+                "and bound the rows with a parametrization or a penalty."
             )
     if not params:
         raise ValueError("the model has no trainable parameter; did requires_grad_(False) freeze them all?")

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hesse.curvature.differences import directional, step_for
 from hesse.curvature.evaluate import evaluate
 from hesse.curvature.jacobian import JACOBIANS, JacobianOf
+from hesse.curvature.losses import FORMS, function_of
 from hesse.curvature.operator import Curvature
 from hesse.curvature.output import output_curvature, term_gradients
 from hesse.curvature.product import Builder, Product, differentiable, gradients
@@ -72,7 +74,8 @@ def ggn(
         >>> G.psd, torch.allclose(G.dense(), X.T @ X)
         (True, True)
     """
-    return _operator(model, loss_fn, batch, _loss_hessian, mode, reduction, verify, progress)
+    middle = _loss_hessian_by_differences if mode == "differences" else _loss_hessian
+    return _operator(model, loss_fn, batch, middle, mode, reduction, verify, progress)
 
 
 def fisher(
@@ -140,7 +143,8 @@ def _operator(
         raise ValueError(f"mode must be 'auto' or one of {', '.join(map(repr, JACOBIANS))}; got {mode!r}.")
     batches = batches_of(model, loss_fn, batch, reduction, progress)
     chosen = choose_jacobian(batches.first, JACOBIANS, mode, verify)
-    psd = middle_of is not _loss_hessian or _convex(batches.first)
+    curved = (_loss_hessian, _loss_hessian_by_differences)
+    psd = middle_of not in curved or _convex(batches.first)
     return Curvature(batches, _through(JACOBIANS[chosen], middle_of), mode=chosen, psd=psd)
 
 
@@ -179,9 +183,34 @@ def _through(jacobian_of: JacobianOf, middle_of: MiddleOf) -> Builder:
 
 
 def _loss_hessian(objective: Objective, outputs: Any, index: int) -> Middle:
-    if isinstance(outputs, Tensor):
-        return _on_tensor(output_curvature(objective.loss_fn, outputs, objective.targets).product)
-    return _by_products(objective, outputs)
+    if not isinstance(outputs, Tensor):
+        return _by_products(objective, outputs)
+    curvature = output_curvature(objective.loss_fn, outputs, objective.targets)
+    curvature.product(torch.zeros_like(outputs))  # a loss that cannot be differentiated twice is refused here
+    return _on_tensor(curvature.product)
+
+
+def _loss_hessian_by_differences(objective: Objective, outputs: Any, index: int) -> Middle:
+    """H_L in closed form where there is one, else by differences of the loss's gradient at the outputs."""
+    if function_of(objective.loss_fn)[0] in FORMS:
+        return _loss_hessian(objective, outputs, index)
+    leaves, spec = pytree.tree_flatten(outputs)
+    point = {str(i): x.detach() for i, x in enumerate(leaves) if _moves(x)}
+
+    def slope(t: float, v: Params) -> Params:
+        moved = {i: (x + t * v[i]).requires_grad_() for i, x in point.items()}
+        filled = [moved.get(str(i), x) for i, x in enumerate(leaves)]
+        with torch.enable_grad():
+            loss = objective.loss_fn(pytree.tree_unflatten(filled, spec), objective.targets)
+        rows = gradients([loss], moved, [None])
+        return {i: torch.zeros_like(x) if row is None else row for (i, x), row in zip(point.items(), rows, strict=True)}
+
+    def middle(u: Leaves, batched: bool) -> Leaves:
+        v = dict(zip(point, u, strict=True))
+        value, _ = directional(lambda t: slope(t, v), step_for(point, v, u[0].dtype))
+        return list(value.values())
+
+    return middle
 
 
 def _exact_fisher(objective: Objective, outputs: Any, index: int) -> Middle:
@@ -232,6 +261,8 @@ def _moves(x: Any) -> bool:
 
 
 def _convex(objective: Objective) -> bool:
+    if function_of(objective.loss_fn)[0] not in FORMS:
+        return False
     with torch.no_grad():
         outputs = objective.outputs(objective.params)
-    return isinstance(outputs, Tensor) and output_curvature(objective.loss_fn, outputs, objective.targets).psd
+    return output_curvature(objective.loss_fn, outputs, objective.targets).psd

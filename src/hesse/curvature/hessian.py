@@ -158,7 +158,7 @@ def _gradient(objective: Objective, params: Params) -> tuple[Params, Any]:
     """The gradient by name, without the parameters that the loss does not depend on, and the outputs."""
     with torch.enable_grad(), objective.at(params):
         outputs, loss = evaluate(objective, params)
-        rows = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        rows = gradients([loss], params, [None])
     return {name: row for name, row in zip(params, rows, strict=True) if row is not None}, outputs
 
 

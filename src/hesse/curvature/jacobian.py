@@ -46,7 +46,8 @@ def double_backward(objective: Objective, params: Params, outputs: Any) -> Jacob
     """From the graph of ``outputs``, kept between products."""
     leaves = differentiable(outputs)
     with torch.enable_grad(), objective.at(params):
-        u = {str(i): torch.zeros_like(x, requires_grad=True) for i, x in enumerate(leaves)}
+        # J' u is linear in u, so any u will do; at zero some formulas (logcumsumexp) give NaN.
+        u = {str(i): torch.ones_like(x, requires_grad=True) for i, x in enumerate(leaves)}
         found = gradients(leaves, params, list(u.values()), create=True)
     rows = {name: row for name, row in zip(params, found, strict=True) if row is not None}
 

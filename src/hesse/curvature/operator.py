@@ -114,7 +114,9 @@ class Curvature(LinearOperator):
         if self._way is None and columns.shape[1] >= TRIAL:
             self._way = fastest(product, {name: part[:TRIAL] for name, part in parts.items()})
         found = through(product, self._way or ONE_BY_ONE, parts)
-        return torch.cat([found[name].flatten(1).to(columns) for name in self.layout.shapes], dim=1).T
+        return torch.cat(
+            [found[name].reshape(columns.shape[1], -1).to(columns) for name in self.layout.shapes], dim=1
+        ).T
 
     # -- staleness --------------------------------------------------------------------------------------------------
 

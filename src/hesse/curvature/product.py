@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hesse.curvature.culprit import DerivativeError
 from hesse.objective import Objective
 from hesse.tree import Params
 
@@ -83,8 +84,8 @@ def gradients(
     live = [(x, w) for x, w in zip(of, weights, strict=True) if x.requires_grad]
     if not live:
         return [None] * len(at)
-    return list(
-        torch.autograd.grad(
+    try:
+        found = torch.autograd.grad(
             [x for x, _ in live],
             list(at.values()),
             [w for _, w in live],
@@ -93,4 +94,11 @@ def gradients(
             allow_unused=True,
             is_grads_batched=batched,
         )
-    )
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise DerivativeError(
+            "activation checkpointing with use_reentrant=True, which has no gradient with respect to chosen tensors; "
+            "checkpoint with use_reentrant=False"
+        ) from error
+    return list(found)

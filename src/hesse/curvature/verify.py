@@ -26,8 +26,11 @@ from hesse.tree import Params
 __all__ = ["choose_hessian", "choose_jacobian"]
 
 STEP = 1e-7  # of a parameter's size: a float64 difference then carries nine digits and meets no kink
-TOLERANCE = {torch.float32: 2e-2, torch.float64: 1e-4}  # relative to a parameter's part, or a tenth of it to the whole
+TOLERANCE = 1e-4  # of a product in float64, relative to a parameter's part or, a tenth of it, to the whole
+LOW_TOLERANCE = 2e-2  # of one in float32, whose sums cancel
 WAY_OUT = "Use mode='differences' (finite differences of gradients), or replace the operation"
+
+Map = tuple[Callable[[Params], Params], Callable[[Params], Params]]  # v -> A v, and u -> A' u
 
 _verdicts: WeakKeyDictionary[nn.Module, dict[Any, str]] = WeakKeyDictionary()
 
@@ -40,21 +43,30 @@ def choose_hessian(objective: Objective, modes: Mapping[str, Builder], mode: str
         ValueError: the loss is not the same twice, or cannot be differentiated for a reason of the caller's.
     """
 
-    def product(name: str, objective: Objective, params: Params, v: Params) -> Params:
-        return modes[name](objective, params, 0).apply(v)
+    def both_ways(name: str, objective: Objective, params: Params) -> Map:
+        product = modes[name](objective, params, 0)
+        return product.apply, product.apply
 
-    return _choose("Hessian", objective, list(modes), mode, verify, product, _slopes)
+    return _choose("Hessian", objective, list(modes), mode, verify, both_ways, _slopes)
 
 
 def choose_jacobian(objective: Objective, modes: Mapping[str, Any], mode: str, verify: bool) -> str:
     """The same for ``J v``, held against differences of the outputs."""
 
-    def product(name: str, objective: Objective, params: Params, v: Params) -> Params:
+    def both_ways(name: str, objective: Objective, params: Params) -> Map:
         with torch.enable_grad(), objective.at(params):
             outputs, _ = evaluate(objective, params)
-        return _numbered(modes[name](objective, params, outputs).apply(v))
+        leaves = differentiable(outputs)
+        jacobian = modes[name](objective, params, outputs)
 
-    return _choose("Jacobian", objective, list(modes), mode, verify, product, _outputs)
+        def back(u: Params) -> Params:
+            with objective.at(params):
+                rows = gradients(leaves, params, list(u.values()))
+            return _without_gaps(rows, params)
+
+        return lambda v: _numbered(jacobian.apply(v)), back
+
+    return _choose("Jacobian", objective, list(modes), mode, verify, both_ways, _outputs)
 
 
 def _choose(
@@ -63,10 +75,10 @@ def _choose(
     modes: list[str],
     mode: str,
     verify: bool,
-    product: Callable[[str, Objective, Params, Params], Params],
+    both_ways: Callable[[str, Objective, Params], Map],
     values: Callable[[Objective, Params], Params],
 ) -> str:
-    """The first of the modes whose ``product`` is the derivative of ``values``."""
+    """The first of the modes whose product is the derivative of ``values``, and whose transpose is its transpose."""
     known = _verdicts.setdefault(objective.model, {})
     key = (what, mode, _kind_of(objective))
     if key in known:
@@ -82,7 +94,7 @@ def _choose(
     refusals: list[str] = []
     for name in candidates:
         try:
-            wrong = _wrong_parts(objective, functools.partial(product, name), values)
+            wrong = _wrong(objective, functools.partial(both_ways, name), values)
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -91,7 +103,7 @@ def _choose(
             if not wrong:
                 known[key] = name
                 return name
-            refusals.append(f"{name} is wrong{wrong}")
+            refusals.append(f"{name} is {wrong}")
     raise DerivativeError(
         f"no {what} product is to be trusted here: {'; '.join(refusals)}; first to fail: "
         f"{culprit(objective, _second_derivative)}. {WAY_OUT}."
@@ -110,21 +122,33 @@ def _refuse_random(objective: Objective) -> None:
         )
 
 
-def _wrong_parts(
+def _wrong(
     objective: Objective,
-    product: Callable[[Objective, Params, Params], Params],
+    both_ways: Callable[[Objective, Params], Map],
     values: Callable[[Objective, Params], Params],
 ) -> str:
-    """The parts of a product that differ from the differences of ``values``, as words; none if empty."""
+    """What is wrong with a map, as words; nothing if empty."""
     params = points(objective)
     exact = _in_float64(objective)
+    product, transposed = both_ways(objective, params)
     wrong = ""
     for seed in range(2):
         v = hold_padding(objective.model, _direction(params, seed))
-        wrong = _disagreement(product(objective, params, v), _difference(exact, v, values))
+        found = product(v)
+        wrong = _disagreement(found, _difference(exact, v, values))
         if not wrong:
             break
-    return wrong
+    if wrong:
+        return f"wrong for {wrong}"
+    # A hook that bends gradients bends their differences too; but u = A v then tells A' from the transpose of A.
+    there = float(tree.dot(found, found))
+    back = float(tree.dot(transposed(found), v))
+    if not abs(there - back) <= _tolerance(found) * there:
+        return (
+            f"not symmetric: (A v)'(A v) = {there:.6g}, but v'A'(A v) = {back:.6g}. A hook or Function gives a "
+            "gradient that is not that of the loss"
+        )
+    return ""
 
 
 def _in_float64(objective: Objective) -> Objective:
@@ -165,7 +189,11 @@ def _slopes(objective: Objective, params: Params) -> Params:
     with torch.enable_grad(), objective.at(params):
         _, loss = evaluate(objective, params)
         rows = gradients([loss], params, [None])
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(params.items(), rows, strict=True)}
+    return _without_gaps(rows, params)
+
+
+def _without_gaps(rows: list[Tensor | None], like: Params) -> Params:
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(like.items(), rows, strict=True)}
 
 
 def _outputs(objective: Objective, params: Params) -> Params:
@@ -177,20 +205,19 @@ def _numbered(leaves: list[Tensor]) -> Params:
 
 
 def _disagreement(found: Params, reference: Params) -> str:
-    names = list(found)
-    low = any(x.dtype != torch.float64 for x in [*found.values(), *reference.values()])
-    tolerance = TOLERANCE[torch.float32 if low else torch.float64]
-    noisy = any(x.dtype != torch.float64 for x in reference.values())
-    tolerance *= 5 if noisy else 1
-    gap = torch.stack([(found[name].double() - reference[name].double()).norm() for name in names])
-    size = torch.stack([reference[name].double().norm() for name in names])
-    wrong = gap > tolerance * (size + 0.1 * size.norm())
+    """The names of the parts that differ, and by how much; nothing if empty."""
+    tolerance = max(_tolerance(found), 5 * _tolerance(reference) if _tolerance(reference) > TOLERANCE else 0.0)
+    gap = torch.stack([(found[name].double() - reference[name].double()).norm() for name in found])
+    size = torch.stack([reference[name].double().norm() for name in found])
+    wrong = ~(gap <= tolerance * (size + 0.1 * size.norm()))  # NaN is wrong too
     worst = [
-        f"{name} (by {float(g / s):.0%})" for name, g, s, w in zip(names, gap, size, wrong.tolist(), strict=True) if w
+        f"{name} (by {float(g / s):.0%})" for name, g, s, w in zip(found, gap, size, wrong.tolist(), strict=True) if w
     ]
-    if not worst:
-        return ""
-    return " for " + ", ".join(worst[:3]) + (f" and {len(worst) - 3} more" if len(worst) > 3 else "")
+    return ", ".join(worst[:3]) + (f" and {len(worst) - 3} more" if len(worst) > 3 else "")
+
+
+def _tolerance(x: Params) -> float:
+    return TOLERANCE if all(value.dtype == torch.float64 for value in x.values()) else LOW_TOLERANCE
 
 
 def _second_derivative(scalar: Callable[[list[Tensor]], Tensor], tensors: list[Tensor]) -> str | None:
