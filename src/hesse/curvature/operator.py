@@ -14,9 +14,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hesse.curvature.blocks import ONE_BY_ONE, TRIAL, fastest, through
+from hesse.curvature.diagonal import ExactDiagonal
 from hesse.curvature.evaluate import refuse_parameters
 from hesse.curvature.product import Builder, Product, hold_padding, points, working
 from hesse.curvature.sources import Batches
+from hesse.linalg.estimate import MAX_PRODUCTS, Estimate
 from hesse.linalg.operator import LinearOperator
 from hesse.tree import Layout
 
@@ -32,10 +34,18 @@ class Curvature(LinearOperator):
     """
 
     def __init__(
-        self, batches: Batches, build: Builder, *, mode: str, psd: bool, names: Sequence[str] | None = None
+        self,
+        batches: Batches,
+        build: Builder,
+        *,
+        mode: str,
+        psd: bool,
+        names: Sequence[str] | None = None,
+        exact_diagonal: ExactDiagonal | None = None,
     ) -> None:
         self._batches = batches
         self._build = build
+        self._exact_diagonal = exact_diagonal
         self._objective = working(batches.first)
         self._params = points(self._objective)
         refuse_parameters(self._objective.model, self._params)
@@ -73,19 +83,49 @@ class Curvature(LinearOperator):
         )
         return part
 
+    def diagonal(self, *, method: str = "auto", max_products: int = MAX_PRODUCTS, **options: Any) -> Estimate:
+        """The diagonal [n] with its standard error.
+
+        Args:
+            method: "exact" for that of a Gauss-Newton or Fisher matrix from its root, with error 0, in as many backward
+                passes as a term of the loss has outputs, times the terms of an example; times the examples too
+                where layers mix them (batch norm in training mode). A method of :func:`hesse.linalg.diagonal` for an
+                estimate. "auto" is exact if ``max_products`` backward passes are enough, otherwise an estimate.
+            max_products, options: as for :func:`hesse.linalg.diagonal`.
+
+        Raises:
+            TypeError, ValueError: "exact", and the matrix has no root, with the reason.
+        """
+        if self._exact_diagonal is not None and method in ("auto", "exact"):
+            self._refuse_stale()
+            rows = self._named_rows()
+            found = self._exact_diagonal(self._batches, list(rows.shapes), max_products if method == "auto" else None)
+            if found is not None:
+                value = rows.flatten(found.values).to(self.device, torch.float64)
+                if self._batches.rest is not None:
+                    weights = self._sum_over_processes(value, found.weight)
+                    value = value / weights if self._batches.reduction == "mean" else value
+                return Estimate(value, torch.zeros_like(value), found.passes, True, "exact")
+        return super().diagonal(method=method, max_products=max_products, **options)
+
     def _apply(self, columns: Tensor) -> Tensor:
         self._refuse_stale()
+        if self._kept is not None:
+            result = self._columns(self._kept, columns)
+            self._note_errors(self._kept)
+            return result
         total = torch.zeros_like(columns)
         weights = 0.0
         for weight, product in self._products():
             total += weight * self._columns(product, columns)
             weights += weight
-            if product.errors:
-                self.error = max([*product.errors, self.error or 0.0])
-        if self._batches.rest is None:
-            return total
+            self._note_errors(product)
         weights = self._sum_over_processes(total, weights)
         return total / weights if self._batches.reduction == "mean" else total
+
+    def _note_errors(self, product: Product) -> None:
+        if product.errors:
+            self.error = max([*product.errors, self.error or 0.0])
 
     def _products(self) -> Any:
         """The weight and the product of each batch. Of a data set, one graph is alive at a time."""
@@ -107,16 +147,24 @@ class Curvature(LinearOperator):
 
     def _columns(self, product: Product, columns: Tensor) -> Tensor:
         assert self.layout is not None
-        if columns.shape[1] == 0:
-            return columns.clone()
-        parts = {name: part.movedim(-1, 0).to(self._params[name]) for name, part in self.layout.split(columns).items()}
-        parts = hold_padding(self._batches.first.model, parts)
-        if self._way is None and columns.shape[1] >= TRIAL:
-            self._way = fastest(product, {name: part[:TRIAL] for name, part in parts.items()})
-        found = through(product, self._way or ONE_BY_ONE, parts)
-        return torch.cat(
-            [found[name].reshape(columns.shape[1], -1).to(columns) for name in self.layout.shapes], dim=1
-        ).T
+        rows = columns.T.contiguous()  # a vector in one piece: kernels read strided ones several times slower
+        result = torch.empty_like(rows)
+        if len(rows) == 0:
+            return result.T
+        vectors = {
+            name: rows[:, where].view(len(rows), *self.layout.shapes[name]).to(self._params[name])
+            for name, where in self.layout.slices.items()
+        }
+        vectors = hold_padding(self._batches.first.model, vectors)
+        if self._way is None and len(rows) >= TRIAL:
+            self._way = fastest(product, {name: x[:TRIAL] for name, x in vectors.items()})
+        begin = 0
+        for found in through(product, self._way or ONE_BY_ONE, vectors):
+            end = begin + len(next(iter(found.values())))
+            for name, where in self.layout.slices.items():
+                result[begin:end, where] = found[name].reshape(end - begin, -1)
+            begin = end
+        return result.T
 
     # -- staleness --------------------------------------------------------------------------------------------------
 
