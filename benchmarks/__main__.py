@@ -7,9 +7,9 @@ import platform
 
 import torch
 
-from benchmarks import fusion, startup, step_cost
+from benchmarks import curvature, fusion, startup, step_cost
 
-BENCHMARKS = {"startup": startup.main, "step_cost": step_cost.main, "fusion": fusion.main}
+BENCHMARKS = {"startup": startup.main, "step_cost": step_cost.main, "curvature": curvature.main, "fusion": fusion.main}
 
 
 def main() -> None:

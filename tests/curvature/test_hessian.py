@@ -235,4 +235,6 @@ def test_bad_vectors_and_names() -> None:
         hessian(mlp(), F.cross_entropy, (X, Y), mode="reverse")
     product = operator @ torch.ones(n, requires_grad=True)
     assert not product.requires_grad
-    torch.testing.assert_close(product, operator @ torch.ones(n, dtype=torch.int64), **ROUNDING[torch.float32])
+    torch.testing.assert_close(product, operator @ torch.ones(n, dtype=torch.float64), **ROUNDING[torch.float32])
+    with pytest.raises(TypeError, match=r"got torch.int64. Cast it"):
+        operator @ torch.ones(n, dtype=torch.int64)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import hesse
 from hesse.optim import KFAC
@@ -216,7 +217,10 @@ def saved(optimizer: KFAC) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("name", ["convnet, BatchNorm", "text", "attention", "transformer", "GRU", "tied weights"])
+RESUMED = ["convnet, BatchNorm", "convnet, grouped", "text", "attention", "transformer", "GRU", "tied weights"]
+
+
+@pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("steps", [1, 13])
 def test_resumed_ends_where_uninterrupted_ends_bit_for_bit(name: str, steps: int) -> None:
     whole = problem(name)
@@ -328,6 +332,126 @@ def test_a_layer_that_joins_later_is_trained_from_then_on() -> None:
     train(optimizer, p, 12)
     assert not torch.equal(before["second.weight"], p.model.second.weight)
     assert not torch.equal(before["second.bias"], p.model.second.bias)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "diagonal"),
+    [
+        ("convnet, grouped", {"0.weight": (2, False, "0.bias")}, {"1.weight", "1.bias"}),
+        ("attention", {"middle.attention.in_proj_weight": (1, False, "middle.attention.in_proj_bias")}, set()),
+        ("LSTM", {f"cell.weight_{kind}_l0": (1, False, f"cell.bias_{kind}_l0") for kind in ("ih", "hh")}, set()),
+        ("tied weights", {"encoder.weight": (1, False, None)}, {"encoder.bias", "decoder.bias"}),
+        ("text", {"embedding.weight": (1, True, None)}, {"middle.1.weight", "middle.1.bias"}),
+        ("free parameter", {"linear.weight": (1, False, "linear.bias")}, {"scale"}),
+    ],
+)
+def test_which_parameters_have_a_block(
+    name: str, blocks: dict[str, tuple[int, bool, str | None]], diagonal: set[str]
+) -> None:
+    p = problem(name)
+    optimizer = KFAC(p.model)
+    train(optimizer, p, 1)
+    found, params = optimizer.param_groups[0]["blocks"], dict(p.model.named_parameters())
+    assert blocks.items() <= found.items()
+    assert {n for n, q in params.items() if "diagonal" in optimizer.state[q]} == diagonal
+    assert {n for n, q in params.items() if "factor_a" in optimizer.state[q]} == set(found)
+    assert diagonal | set(found) | {bias for *_, bias in found.values()} >= set(params)
+
+
+@pytest.mark.parametrize("name", ["convnet, grouped", "text", "free parameter"])
+def test_the_direction_is_that_of_the_inverses_in_the_state(name: str) -> None:
+    p = problem(name)
+    optimizer = KFAC(p.model)
+    train(optimizer, p, 2)
+    params = dict(p.model.named_parameters())
+    grad = {n: torch.randn_like(q) for n, q in params.items()}
+    direction = optimizer._direction(params, grad)
+    blocks, damping = optimizer.param_groups[0]["blocks"], optimizer.param_groups[0]["damping"]
+    for n, (groups, transposed, bias) in blocks.items():
+        state = optimizer.state[params[n]]
+        a, g = (state[key] if groups > 1 else state[key][None] for key in ("inverse_a", "inverse_g"))
+        weights, biases = grad[n].chunk(groups), grad[bias].chunk(groups) if bias else [None]
+        ours, shifts = direction[n].chunk(groups), direction[bias].chunk(groups) if bias else [None]
+        for one, other, weight, shift, found, moved in zip(a, g, weights, biases, ours, shifts, strict=True):
+            matrix = weight.T if transposed else weight.flatten(1)
+            matrix = matrix if shift is None else torch.cat([matrix, shift[:, None]], 1)
+            natural = -(other @ matrix @ (one if one.ndim == 2 else one.diag()))
+            inner = natural if shift is None else natural[:, :-1]
+            torch.testing.assert_close(found, (inner.T if transposed else inner).reshape(weight.shape))
+            assert shift is None or torch.allclose(moved, natural[:, -1])
+    for n in params.keys() - blocks.keys() - {bias for *_, bias in blocks.values()}:
+        torch.testing.assert_close(direction[n], -grad[n] / (optimizer.state[params[n]]["diagonal"] + damping))
+
+
+def test_a_layer_that_is_used_in_another_way_begins_anew() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+            self.use = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            if self.use == 1:
+                y = F.linear(y, self.layer.weight)  # the bias goes with half of the uses
+            return y @ self.layer.weight if self.use == 2 else y
+
+    torch.manual_seed(0)
+    p = Problem(Changing(), F.mse_loss, (torch.randn(16, 5), torch.randn(16, 5)))
+    optimizer = KFAC(p.model)
+    weight, bias = p.model.layer.weight, p.model.layer.bias
+    kronecker = {"factor_a", "factor_g", "inverse_a", "inverse_g"}
+    for use, expected, size in (
+        (0, {"layer.weight": (1, False, "layer.bias")}, 6),
+        (1, {"layer.weight": (1, False, None)}, 5),
+        (2, {}, None),
+        (0, {"layer.weight": (1, False, "layer.bias")}, 6),
+    ):
+        p.model.use = use
+        assert all(math.isfinite(loss) for loss in train(optimizer, p, 2))
+        assert optimizer.param_groups[0]["blocks"] == expected
+        assert optimizer.state[weight].keys() - {"update"} == (kronecker if expected else {"diagonal"})
+        assert optimizer.state[bias].keys() - {"update"} == ({"diagonal"} if size != 6 else set())
+        if size:
+            assert optimizer.state[weight]["factor_a"].shape == (size, size)
+
+
+def test_a_state_that_was_taken_is_not_changed_by_going_on() -> None:
+    p = problem("text")
+    optimizer = KFAC(p.model)
+    before = optimizer.state_dict()
+    train(optimizer, p, 1)
+    assert before["param_groups"][0]["blocks"] == {}
+    assert KFAC(p.model).param_groups[0]["blocks"] == {}
+
+
+def test_checkpointed_layers_are_trained() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRU(3, 6, batch_first=True)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.cell, x, use_reentrant=False)[0][:, -1])
+
+    p = problem("GRU")
+    model = Checkpointed()
+    model.load_state_dict(p.model.state_dict())
+    optimizer = KFAC(model)
+    losses = train(optimizer, Problem(model, p.loss_fn, p.batch), 10)
+    assert losses[-1] < 0.8 * losses[0]
+    assert set(optimizer.param_groups[0]["blocks"]) == {"head.weight"}  # the cell's have their diagonal
+
+
+def test_compiled_models_are_trained_as_they_are_written() -> None:
+    p = problem("mlp, cross-entropy")
+    plain, compiled = copy.deepcopy(p.model), torch.compile(p.model, backend="eager")
+    runs = []
+    for model in (plain, compiled):
+        torch.manual_seed(0)
+        runs.append(train(KFAC(model), Problem(model, p.loss_fn, p.batch), 12))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
 
 
 def test_attention_out_of_reach_of_hooks_is_trained() -> None:

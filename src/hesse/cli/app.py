@@ -12,6 +12,7 @@ from hesse.cli.demo import demo
 from hesse.cli.exits import print_json
 from hesse.cli.predict import predict
 from hesse.cli.report import report
+from hesse.cli.spectrum import spectrum
 from hesse.cli.train import train
 from hesse.finding import Finding
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, report, demo):
+for command in (train, predict, report, spectrum, demo):
     app.command()(command)
 
 

@@ -4,6 +4,7 @@ from hesse.curvature.culprit import DerivativeError
 from hesse.curvature.gauss_newton import fisher, ggn
 from hesse.curvature.hessian import hessian
 from hesse.curvature.jacobian import jvp
+from hesse.curvature.kfac import kfac
 from hesse.curvature.output import OutputCurvature, output_curvature
 from hesse.curvature.quadratic import QuadraticModel, quadratic_model
 
@@ -15,6 +16,7 @@ __all__ = [
     "ggn",
     "hessian",
     "jvp",
+    "kfac",
     "output_curvature",
     "quadratic_model",
 ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hesse.curvature.diagonal import ExactDiagonal
 from hesse.curvature.differences import directional, step_for
 from hesse.curvature.evaluate import evaluate
 from hesse.curvature.jacobian import JACOBIANS, JacobianOf
@@ -75,7 +76,7 @@ def ggn(
         (True, True)
     """
     middle = _loss_hessian_by_differences if mode == "differences" else _loss_hessian
-    return _operator(model, loss_fn, batch, middle, mode, reduction, verify, progress)
+    return _operator(model, loss_fn, batch, middle, ExactDiagonal("ggn"), mode, reduction, verify, progress)
 
 
 def fisher(
@@ -126,7 +127,8 @@ def fisher(
     }
     if fisher_type not in middles:
         raise ValueError(f"fisher_type must be one of {', '.join(map(repr, middles))}; got {fisher_type!r}.")
-    return _operator(model, loss_fn, batch, middles[fisher_type], mode, reduction, verify, progress)
+    diagonal = ExactDiagonal(fisher_type, seed, reduction)
+    return _operator(model, loss_fn, batch, middles[fisher_type], diagonal, mode, reduction, verify, progress)
 
 
 def _operator(
@@ -134,6 +136,7 @@ def _operator(
     loss_fn: LossFn,
     batch: Any,
     middle_of: MiddleOf,
+    exact_diagonal: ExactDiagonal,
     mode: str,
     reduction: Reduction,
     verify: bool,
@@ -145,7 +148,8 @@ def _operator(
     chosen = choose_jacobian(batches.first, JACOBIANS, mode, verify)
     curved = (_loss_hessian, _loss_hessian_by_differences)
     psd = middle_of not in curved or _convex(batches.first)
-    return Curvature(batches, _through(JACOBIANS[chosen], middle_of), mode=chosen, psd=psd)
+    build = _through(JACOBIANS[chosen], middle_of)
+    return Curvature(batches, build, mode=chosen, psd=psd, exact_diagonal=exact_diagonal)
 
 
 def _through(jacobian_of: JacobianOf, middle_of: MiddleOf) -> Builder:

@@ -105,7 +105,7 @@ class Curvature(LinearOperator):
                 if self._batches.rest is not None:
                     weights = self._sum_over_processes(value, found.weight)
                     value = value / weights if self._batches.reduction == "mean" else value
-                return Estimate(value, torch.zeros_like(value), found.passes, True, "exact")
+                return Estimate(value, value.new_zeros(()).expand_as(value), found.passes, True, "exact")
         return super().diagonal(method=method, max_products=max_products, **options)
 
     def _apply(self, columns: Tensor) -> Tensor:

@@ -1,5 +1,25 @@
-"""Linear algebra on curvature blocks, finite-checked and in a precision that holds."""
+"""Linear algebra on curvature: operators, solves, eigenpairs, and estimates with an error bar."""
 
+from hesse.linalg.eigen import Eigenpairs, eigsh
+from hesse.linalg.estimate import Estimate, diagonal, frobenius, trace
 from hesse.linalg.inverse import damped_inverse, solve_psd
+from hesse.linalg.krylov import Solution, solve
+from hesse.linalg.operator import LinearOperator
+from hesse.linalg.quadrature import Density, logdet, spectral_density
 
-__all__ = ["damped_inverse", "solve_psd"]
+__all__ = [
+    "Density",
+    "Eigenpairs",
+    "Estimate",
+    "LinearOperator",
+    "Solution",
+    "damped_inverse",
+    "diagonal",
+    "eigsh",
+    "frobenius",
+    "logdet",
+    "solve",
+    "solve_psd",
+    "spectral_density",
+    "trace",
+]

@@ -10,6 +10,7 @@ vectors, and a block is picked by a pattern of names. Special cases: a dense mat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -32,10 +33,14 @@ class LinearOperator:
     Args:
         apply: takes columns [n, k], gives columns [n, k].
         layout: the names and shapes of the rows, or their number n.
-        dtype, device: of the columns.
+        dtype, device: of the columns. Vectors are brought there before a product, and results stay there.
         symmetric: whether B = B' holds.
         psd: whether B is symmetric and has no negative eigenvalue.
         transpose: ``v -> B' v``, for an operator that is not symmetric.
+
+    Raises:
+        TypeError: the dtype is not a real floating one.
+        ValueError: there are no rows.
 
     Example:
         >>> A = LinearOperator.of(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), psd=True)
@@ -63,6 +68,8 @@ class LinearOperator:
             raise TypeError(f"an operator is real and floating; got dtype {dtype}.")
         self.layout = layout if isinstance(layout, Layout) else None
         n = layout.size if isinstance(layout, Layout) else layout
+        if n < 1:
+            raise ValueError(f"an operator needs at least one row; got {n}. Is there a parameter that is trained?")
         self.shape = (n, n)
         self.dtype = dtype
         self.device = torch.device(device)
@@ -72,16 +79,30 @@ class LinearOperator:
         self._transpose = apply if self.symmetric else transpose
 
     @classmethod
-    def of(cls, matrix: Tensor, *, psd: bool = False, layout: Layout | None = None) -> LinearOperator:
-        """The operator of a dense matrix [n, n]; whether it is symmetric is looked up."""
+    def of(
+        cls, matrix: Tensor, *, symmetric: bool | None = None, psd: bool = False, layout: Layout | None = None
+    ) -> LinearOperator:
+        """The operator of a dense matrix [n, n].
+
+        Args:
+            matrix: kept, not copied.
+            symmetric, psd: what it is. By default it is symmetric if it equals its transpose to the last digit.
+            layout: names of the rows.
+
+        Raises:
+            ValueError: it is not square, or has another number of rows than the layout.
+        """
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"a square matrix is needed; got shape {list(matrix.shape)}.")
+        if layout is not None and layout.size != len(matrix):
+            raise ValueError(f"the layout names {layout.size} rows, and the matrix has {len(matrix)}.")
+        matrix = matrix.detach()
         return LinearOperator(
             lambda v: matrix @ v,
             layout or len(matrix),
             dtype=matrix.dtype,
             device=matrix.device,
-            symmetric=torch.equal(matrix, matrix.mT),
+            symmetric=torch.equal(matrix, matrix.mT) if symmetric is None else symmetric,
             psd=psd,
             transpose=lambda v: matrix.mT @ v,
         )
@@ -92,6 +113,10 @@ class LinearOperator:
         return LinearOperator(
             lambda v: v.clone(), like.layout or like.shape[0], dtype=like.dtype, device=like.device, psd=True
         )
+
+    def __repr__(self) -> str:
+        known = "psd" if self.psd else "symmetric" if self.symmetric else "not symmetric"
+        return f"{type(self).__name__}({self.shape[0]} x {self.shape[0]}, {self.dtype}, {self.device}, {known})"
 
     # -- products ------------------------------------------------------------------------------------------------
 
@@ -116,20 +141,46 @@ class LinearOperator:
         return self._product(self._apply, x)
 
     def _product(self, apply: Apply, x: Tensor) -> Tensor:
+        """``apply`` on a vector or columns given from outside: checked, brought here, and no graph kept."""
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"an operator acts on a tensor, a dict of named tensors or an operator; got {type(x).__name__}."
             )
-        if x.ndim not in (1, 2) or x.shape[0] != self.shape[0]:
-            raise ValueError(
-                f"this operator has {self.shape[0]} rows and takes vectors [{self.shape[0]}] or columns "
-                f"[{self.shape[0]}, k]; got shape {list(x.shape)}."
+        if not x.is_floating_point():
+            raise TypeError(
+                f"an operator acts on real floating vectors; got {x.dtype}. Cast it, for instance by .float()."
             )
-        if x.is_complex():
-            raise TypeError("this operator is real; got a complex vector. Apply it to real and imaginary part.")
+        n = self.shape[0]
+        if x.ndim not in (1, 2) or x.shape[0] != n:
+            raise ValueError(
+                f"this operator has {n} rows and takes vectors [{n}] or columns [{n}, k]; got shape {list(x.shape)}."
+            )
         columns = x.detach().to(self.device, self.dtype)
-        result = apply(columns[:, None] if x.ndim == 1 else columns)
+        columns = columns[:, None] if x.ndim == 1 else columns
+        if not columns.shape[1]:
+            return columns.clone()
+        result = apply(columns).detach()
+        if result.shape != columns.shape:
+            raise ValueError(
+                f"the product of this operator with columns {list(columns.shape)} has shape {list(result.shape)}: "
+                "the function it was made of must give columns of the shape it takes."
+            )
+        result = result.to(self.device, self.dtype)
         return result[:, 0] if x.ndim == 1 else result
+
+    def _applied(self, columns: Tensor) -> Tensor:
+        """``B @ columns`` in this dtype, from columns of any: what sums and products of operators are made of."""
+        return self._apply(columns.to(self.dtype))
+
+    def _applied_transposed(self, columns: Tensor) -> Tensor:
+        """``B' @ columns``, where its action is known."""
+        if self.symmetric or self._transpose is None:
+            return self._applied(columns)
+        return self._transpose(columns.to(self.dtype))
+
+    @property
+    def _transposable(self) -> bool:
+        return self.symmetric or self._transpose is not None
 
     @property
     def T(self) -> LinearOperator:
@@ -149,8 +200,8 @@ class LinearOperator:
     def __add__(self, other: LinearOperator) -> LinearOperator:
         self._same_rows(other)
         return self._like(
-            lambda v: self._apply(v) + other._apply(v),
-            transpose=self._both(other, lambda a, b: lambda v: a(v) + b(v)),
+            lambda v: self._applied(v) + other._applied(v),
+            transpose=self._both(other, lambda v: self._applied_transposed(v) + other._applied_transposed(v)),
             layout=self.layout or other.layout,
             dtype=torch.promote_types(self.dtype, other.dtype),
             symmetric=self.symmetric and other.symmetric,
@@ -158,19 +209,17 @@ class LinearOperator:
         )
 
     def __sub__(self, other: LinearOperator) -> LinearOperator:
+        self._same_rows(other)
         return self + (-other)
 
     def __neg__(self) -> LinearOperator:
         return -1.0 * self
 
     def __mul__(self, factor: float) -> LinearOperator:
-        if isinstance(factor, LinearOperator):
-            raise TypeError("A * B of two operators is ambiguous: write A @ B for their product.")
-        c = float(factor)
-        transpose = self._transpose
+        c = _number(factor)
         return self._like(
             lambda v: c * self._apply(v),
-            transpose=None if transpose is None else lambda v: c * transpose(v),
+            transpose=(lambda v: c * self._applied_transposed(v)) if self._transposable else None,
             symmetric=self.symmetric,
             psd=self.psd and c >= 0,
         )
@@ -178,23 +227,21 @@ class LinearOperator:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> LinearOperator:
-        return self * (1.0 / float(divisor))
+        return self * (1.0 / _number(divisor))
 
     def _composed(self, other: LinearOperator) -> LinearOperator:
         self._same_rows(other)
         return self._like(
-            lambda v: self._apply(other._apply(v)),
-            transpose=self._both(other, lambda a, b: lambda v: b(a(v))),
+            lambda v: self._applied(other._applied(v)),
+            transpose=self._both(other, lambda v: other._applied_transposed(self._applied_transposed(v))),
             layout=self.layout or other.layout,
             dtype=torch.promote_types(self.dtype, other.dtype),
             psd=self is other and self.symmetric,
         )
 
-    def _both(self, other: LinearOperator, combine: Callable[[Apply, Apply], Apply]) -> Apply | None:
-        """The transposes of two operators combined, where both are known."""
-        ours = self._apply if self.symmetric else self._transpose
-        theirs = other._apply if other.symmetric else other._transpose
-        return None if ours is None or theirs is None else combine(ours, theirs)
+    def _both(self, other: LinearOperator, transpose: Apply) -> Apply | None:
+        """The transpose, if that of both operators is known."""
+        return transpose if self._transposable and other._transposable else None
 
     def _like(self, apply: Apply, **options: Any) -> LinearOperator:
         layout = options.pop("layout", self.layout) or self.shape[0]
@@ -202,11 +249,17 @@ class LinearOperator:
 
     def _same_rows(self, other: LinearOperator) -> None:
         if not isinstance(other, LinearOperator):
-            raise TypeError(f"an operator is combined with operators; got {type(other).__name__}.")
+            raise TypeError(
+                f"an operator is combined with operators; got {type(other).__name__}. A number is added as that many "
+                "identities: A + c * LinearOperator.identity(A)."
+            )
         if self.shape != other.shape:
             raise ValueError(f"the operators have {self.shape[0]} and {other.shape[0]} rows.")
-        if self.layout and other.layout and self.layout != other.layout:
-            raise ValueError("the operators' rows have different names or shapes, so their sum means nothing.")
+        if self.device != other.device:
+            raise ValueError(f"the operators are on different devices, {self.device} and {other.device}.")
+        # Their order counts: it says which row is which.
+        if self.layout and other.layout and list(self.layout.shapes.items()) != list(other.layout.shapes.items()):
+            raise ValueError("the operators' rows have other names, shapes or another order: they do not go together.")
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -232,7 +285,7 @@ class LinearOperator:
 
         return self._like(
             inside(self._apply),
-            transpose=None if self._transpose is None else inside(self._transpose),
+            transpose=inside(self._applied_transposed) if self._transposable else None,
             layout=layout.restrict(names),
             symmetric=self.symmetric,
             psd=self.psd,
@@ -250,8 +303,8 @@ class LinearOperator:
         for begin in range(0, n, chunk):
             k = min(chunk, n - begin)
             columns = torch.zeros(n, k, dtype=self.dtype, device=self.device)
-            columns[begin + torch.arange(k), torch.arange(k)] = 1
-            matrix[:, begin : begin + k] = self._apply(columns)
+            columns[begin : begin + k].fill_diagonal_(1)
+            matrix[:, begin : begin + k] = self @ columns
         return matrix
 
     # -- what is asked of it: each is one function of hesse.linalg -------------------------------------------------
@@ -299,14 +352,16 @@ class LinearOperator:
 
         def on_arrays(apply: Apply) -> Callable[[Any], Any]:
             def product(v: Any) -> Any:
-                columns = torch.as_tensor(np.ascontiguousarray(v))
-                return self._product(apply, columns).cpu().numpy()
+                columns = torch.from_numpy(np.array(v, dtype=dtype))  # a copy: SciPy's may not be writable
+                return self._product(apply, columns).cpu().to(working).numpy()
 
             return product
 
+        # NumPy has no bfloat16.
+        working = torch.promote_types(self.dtype, torch.float32)
+        dtype = torch.empty(0, dtype=working).numpy().dtype
         forward = on_arrays(self._apply)
-        backward = None if self._transpose is None else on_arrays(self._apply if self.symmetric else self._transpose)
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        backward = on_arrays(self._applied_transposed) if self._transposable else None
         return ScipyOperator(
             self.shape, matvec=forward, rmatvec=backward, matmat=forward, rmatmat=backward, dtype=dtype
         )
@@ -317,6 +372,7 @@ class LinearOperator:
 
         Raises:
             ValueError: it is not square.
+            TypeError: it is complex.
         """
         import numpy as np
         from scipy.sparse.linalg import aslinearoperator
@@ -326,15 +382,28 @@ class LinearOperator:
         if rows != columns:
             raise ValueError(f"a square operator is needed; got shape {[rows, columns]}.")
 
-        def on_tensors(product: Callable[[Any], Any]) -> Apply:
-            return lambda v: torch.from_numpy(np.ascontiguousarray(product(v.numpy()))).to(v.dtype)
+        if np.issubdtype(scipy_operator.dtype, np.complexfloating):
+            raise TypeError(f"an operator here is real; this one's dtype is {scipy_operator.dtype}.")
+        dtype = torch.float32 if scipy_operator.dtype == np.float32 else torch.float64
 
-        dtype = torch.from_numpy(np.empty(0, np.dtype(scipy_operator.dtype))).dtype
+        def on_tensors(product: Callable[[Any], Any]) -> Apply:
+            return lambda v: torch.from_numpy(np.array(product(v.numpy()))).to(v.dtype)  # a copy: it may be v itself
+
         return LinearOperator(
             on_tensors(scipy_operator.matmat),
             rows,
-            dtype=dtype if dtype.is_floating_point else torch.float64,
+            dtype=dtype,
             symmetric=symmetric,
             psd=psd,
             transpose=on_tensors(scipy_operator.rmatmat),
         )
+
+
+def _number(factor: Any) -> float:
+    factor = factor.item() if isinstance(factor, Tensor) and factor.numel() == 1 else factor
+    if not isinstance(factor, Real):
+        raise TypeError(
+            f"an operator is multiplied and divided by real numbers; got {type(factor).__name__}. "
+            "For its product with a vector or an operator write A @ x."
+        )
+    return float(factor)

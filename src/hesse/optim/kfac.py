@@ -18,7 +18,8 @@ alone.)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 
 from hesse import tree
 from hesse.curvature.kronecker import apply_inverse, invert
-from hesse.curvature.layers import as_matrix, from_matrix
+from hesse.curvature.layers import Form, as_matrix, from_matrix
 from hesse.curvature.output import OutputCurvature, output_curvature
 from hesse.curvature.quadratic import quadratic_model
-from hesse.curvature.statistics import Calls, find_blocks, statistics, watch_layers
+from hesse.curvature.statistics import Kronecker, statistics
+from hesse.curvature.uses import Use, watch_uses
 from hesse.objective import Closure, Objective
 from hesse.optim.base import Base
 
@@ -44,16 +46,18 @@ TRUST = (0.25, 0.75)  # trust ratios below which damping grows and above which i
 GENTLE = 0.95  # factor of the damping a step
 HARSH = 2.0  # factor of the damping after a rejected step
 CALIBRATION = 12  # decades of damping tried at most on the first batch
+CURVATURE = ("diagonal", "factor_a", "factor_g", "inverse_a", "inverse_g")  # of the state: what statistics made
 RANGE = (1e-8, 1e4)  # of the damping: beyond it the way back takes hundreds of steps
 
 
 class KFAC(Base):
     """Self-tuning K-FAC: learning rate, momentum and damping are found, not given.
 
-    Linear, Conv1d/2d/3d and Embedding layers have Kronecker blocks; LayerNorm, GroupNorm and BatchNorm their exact
-    diagonal. Every other parameter (grouped convolutions, attention's packed projection, tied or parametrised
-    weights, free parameters) gets the diagonal of the sampled Fisher matrix, inside the same quadratic model: none
-    is left out.
+    Every weight that is applied as a linear map, a convolution (grouped and transposed ones too) or an embedding has a
+    Kronecker block, however it is called: by its layer, as a function, several times, tied, inside attention or a
+    recurrent layer. The scales and shifts of norms, and biases that no single weight goes with, have their diagonal.
+    Every other parameter (used in a way of its own, parametrised, an embedding tied to the head) gets the diagonal of
+    the sampled Fisher matrix, inside the same quadratic model: none is left out.
 
     A step costs about three of AdamW's: a forward and a backward pass, two forward-mode products, a forward pass
     that judges the step before it is taken, and every few steps a sampled backward pass and Cholesky factorisations.
@@ -61,15 +65,16 @@ class KFAC(Base):
     doubles, and the rejection is counted.
 
     What it found is in ``param_groups[0]``: ``lr``, ``momentum``, ``damping``, ``trust_ratio``,
-    ``effective_dimension``, ``rejections`` and ``steps``.
+    ``effective_dimension``, ``rejections``, ``steps``, and ``blocks``: which weights have a Kronecker block, with the
+    number of its matrices, whether they are transposed, and the bias it takes in.
 
     Args:
         model: the module to train; its trainable parameters are optimised.
 
     Raises:
         TypeError: the first argument is not a module; or, at a step, the closure is not one of
-        :func:`hesse.closure`, or its
-            loss is not cross-entropy, binary cross-entropy with logits or mean squared error.
+            :func:`hesse.closure`, or its loss has no Gauss-Newton factor, as :func:`hesse.curvature.output_curvature`
+            says.
         ValueError: no parameter is trainable; or, at a step, the closure is of another model.
 
     References:
@@ -100,7 +105,7 @@ class KFAC(Base):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("The model has no trainable parameter; did requires_grad_(False) freeze them all?")
-        found: dict[str, float] = {
+        found: dict[str, Any] = {
             "lr": 0.0,
             "momentum": 0.0,
             "damping": 1.0,
@@ -109,10 +114,10 @@ class KFAC(Base):
             "rejections": 0,
             "steps": 0,
             "updates": 0,
+            "blocks": {},
         }
         super().__init__(named, found)
         self.model = model
-        self.blocks, self.loose = find_blocks(model)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -134,8 +139,10 @@ class KFAC(Base):
         kept = {name: b.clone() for name, b in self.model.named_buffers()}
         fresh = group["steps"] < BURN_IN or group["steps"] % PERIOD == 0
 
-        with torch.enable_grad(), watch_layers(self.blocks if fresh else []) as calls:
-            outputs = objective.forward()
+        with torch.enable_grad():
+            watch: AbstractContextManager[list[Use]] = watch_uses(params) if fresh else nullcontext([])
+            with watch as uses:
+                outputs = objective.forward()
             loss = objective.loss_fn(outputs, objective.targets)
         curvature = output_curvature(objective.loss_fn, outputs, objective.targets)
         found = torch.autograd.grad(loss, list(params.values()), retain_graph=fresh, allow_unused=True)
@@ -151,7 +158,7 @@ class KFAC(Base):
             return loss.detach()
 
         if fresh:
-            self._learn(params, calls, outputs, curvature)
+            self._learn(params, uses, outputs, curvature)
             if group["steps"] == 0:
                 self._calibrate(params, objective, curvature, grad, value)
         last = {name: self.state[p]["update"] for name, p in params.items() if "update" in self.state[p]}
@@ -195,25 +202,29 @@ class KFAC(Base):
         for p in params.values():
             self.state[p].pop("update", None)  # the old direction led here
 
-    def _learn(self, params: tree.Params, calls: Calls, outputs: Tensor, curvature: OutputCurvature) -> None:
-        """Average the batch's statistics in.
-
-        A layer that the forward pass goes around (attention calls its projection as a function) shows by its
-        absence: until it is called itself, its parameters are treated like those without a block.
-        """
+    def _learn(self, params: tree.Params, uses: Sequence[Use], outputs: Tensor, curvature: OutputCurvature) -> None:
+        """Average the batch's statistics in. What the forward pass did not reach this time keeps those it has."""
         group = self.param_groups[0]
-        loose = {name: params[name] for name in self.loose}
-        for i, block in enumerate(self.blocks):
-            if i not in calls.seen and "factor_a" not in self.state[params[block.names["weight"]]]:
-                loose |= {name: params[name] for name in block.names.values()}
         group["updates"] += 1
         weight = max(1 / group["updates"], 1 - MEMORY)
-        for name, parts in statistics(self.blocks, calls, outputs, curvature, loose).items():
+        blocks = dict(group["blocks"])  # a state_dict taken before may hold the old one
+        for name, found in statistics(uses, params, outputs, curvature).items():
             state = self.state[params[name]]
+            if isinstance(found, Kronecker):
+                parts, block = {"factor_a": found.a, "factor_g": found.g}, (*found.form, found.bias)
+            else:
+                parts, block = {"diagonal": found.values}, None
             if not tree.is_finite(parts):
                 continue  # an overflow averaged in would never leave
+            if blocks.get(name) != block:  # new, or used in another way than before
+                owners = [name, found.bias] if isinstance(found, Kronecker) and found.bias else [name]
+                for owner in owners:
+                    for key in CURVATURE:
+                        self.state[params[owner]].pop(key, None)
+                blocks[name] = block
             for key, value in parts.items():
                 state[key] = state[key].lerp_(value, weight) if key in state else value
+        group["blocks"] = {name: block for name, block in blocks.items() if block}
 
     def _invert(self, params: tree.Params) -> None:
         """Refresh the inverses at the present damping. A block that has none keeps its old one."""
@@ -233,17 +244,16 @@ class KFAC(Base):
     def _direction(self, params: tree.Params, grad: tree.Params) -> tree.Params:
         """``-B^{-1} grad`` with the damped inverses at hand."""
         direction: tree.Params = {}
-        for block in self.blocks:
-            if "inverse_a" not in (state := self.state[params[block.names["weight"]]]):
+        for name, (groups, transposed, bias) in self.param_groups[0]["blocks"].items():
+            if "inverse_a" not in (state := self.state[params[name]]):
                 continue
-            weight, bias = (grad.get(block.names.get(own, "")) for own in ("weight", "bias"))
-            assert weight is not None
-            matrix = as_matrix(block.module, weight, bias).to(state["inverse_g"].dtype)
-            natural = -apply_inverse(state["inverse_a"], state["inverse_g"], matrix)
-            parts = from_matrix(block.module, natural, weight, bias)
-            for own, part in zip(("weight", "bias"), parts, strict=True):
-                if part is not None:
-                    direction[block.names[own]] = part.to(weight.dtype)
+            form, weight = Form(groups, transposed), grad[name]
+            matrix = as_matrix(weight, form, grad[bias] if bias else None).to(state["inverse_g"].dtype)
+            natural = -apply_inverse(state["inverse_a"], state["inverse_g"], matrix if groups > 1 else matrix[0])
+            step, shift = from_matrix(natural, form, weight.shape, bias is not None)
+            direction[name] = step.to(weight.dtype)
+            if shift is not None:
+                direction[bias] = shift.to(weight.dtype)
         damping = self.param_groups[0]["damping"]
         for name, p in params.items():
             if name not in direction:
@@ -273,7 +283,7 @@ class KFAC(Base):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along; torch's own drops all but its three fields."""
-        return {**super().__getstate__(), "model": self.model, "blocks": self.blocks, "loose": self.loose}
+        return {**super().__getstate__(), "model": self.model}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: the layers, and with them the parameters, are those of the model."""

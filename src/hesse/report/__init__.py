@@ -1,10 +1,12 @@
-"""The page a run leaves behind: how good the model is, what is wrong with it, and how to repeat it, in one
-file.
+"""The pages a run leaves behind: how good the model is, what is wrong with it, how to repeat it, in one file each.
 
 :func:`build` reads the records of a run folder and writes ``report.html`` beside them. Nothing is trained,
 loaded or fetched for it, so a page can be rebuilt at any time, also for a run that was interrupted.
+:func:`build_spectrum` does the same with ``spectrum.json`` and ``spectrum.html``: how the loss of the trained model
+curves.
 """
 
 from hesse.report.page import build
+from hesse.report.spectrum import build_spectrum
 
-__all__ = ["build"]
+__all__ = ["build", "build_spectrum"]

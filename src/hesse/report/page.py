@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError(f"The report needs {error.name}: pip install 'hesse[train]'", name=error.name) from error
 
-__all__ = ["build"]
+__all__ = ["build", "render"]
 
 GRAVITY = ("error", "warning", "info")  # findings in this order
 
@@ -59,10 +59,8 @@ def build(folder: Path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------------- content
-
-
-def _render(run: Records) -> str:
+def render(template: str, drawn: Sequence[Chart], **values: Any) -> str:
+    """A page from a template of this folder, with its charts and the script that draws them."""
     page = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -73,9 +71,18 @@ def _render(run: Records) -> str:
     # Strict JSON in the order given; jinja's tojson escapes what could end the script element it stands in.
     page.policies["json.dumps_kwargs"] = {"allow_nan": False, "ensure_ascii": False, "separators": (",", ":")}
     page.filters |= {"percent": percent, "duration": duration, "value": _value, "brief": _brief}
+    figures = {chart.name: chart.figure for chart in drawn}
+    return page.get_template(template).render(figures=figures, plotly=get_plotlyjs(), **values)
+
+
+# ---------------------------------------------------------------------------------------------------- content
+
+
+def _render(run: Records) -> str:
     sections = list(_sections(run))
-    figures = {chart.name: chart.figure for section in sections for chart in section.charts}
-    return page.get_template("page.html.j2").render(
+    return render(
+        "page.html.j2",
+        [chart for section in sections for chart in section.charts],
         run=run,
         config=run.config,
         headline=_headline(run),
@@ -86,8 +93,6 @@ def _render(run: Records) -> str:
         classes=_classes(run),
         confused=_confused(run),
         columns=run.columns.get("columns", []),
-        figures=figures,
-        plotly=get_plotlyjs(),
     )
 
 

@@ -7,6 +7,7 @@ page that silently left something out would be wrong.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 from hesse.files import read_json, read_lines
 from hesse.finding import InputError
 
-__all__ = ["Records", "read"]
+__all__ = ["Records", "optimizer_label", "read", "read_spectrum"]
 
 REQUIRED = ("hesse", "target", "task", "classes", "optimizer", "modalities", "split", "command")
 # What the page can do without in a config.
@@ -27,6 +28,7 @@ OPTIONAL: dict[str, Any] = {
     "parameters": None,
     "python_call": "",
 }
+SPECTRUM = ("target", "optimizer", "lr", "parameters", "gauss_newton", "hessian", "blocks")
 REMEDY = "Give the folder that `hesse train` has written (--out)."
 OPTIMIZERS = {
     "kfac": "K-FAC",
@@ -56,14 +58,19 @@ class Records:
     @property
     def label(self) -> str:
         """The optimiser, with its learning rate if it has one."""
-        name = self.config.get("optimizer", "unknown optimiser")
-        lr = self.config.get("lr")
-        return OPTIMIZERS.get(name, name) + (f", lr {lr:g}" if lr is not None else "")
+        return optimizer_label(self.config)
 
     @property
     def score(self) -> str:
         """``"accuracy"`` or ``"r2"``."""
         return "accuracy" if self.config["task"] == "classification" else "r2"
+
+
+def optimizer_label(config: Mapping[str, Any]) -> str:
+    """The optimiser of a run, with its learning rate if it has one."""
+    name = config.get("optimizer", "unknown optimiser")
+    lr = config.get("lr")
+    return OPTIMIZERS.get(name, name) + (f", lr {lr:g}" if lr is not None else "")
 
 
 def read(folder: Path) -> Records:
@@ -83,6 +90,22 @@ def read(folder: Path) -> Records:
             seen = "It holds no config.json."
         raise InputError("not a run folder", str(folder), seen, REMEDY)
     return _records(folder, OPTIONAL | config)
+
+
+def read_spectrum(folder: Path) -> dict[str, Any]:
+    """Read the record of ``hesse spectrum``.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    path = folder / "spectrum.json"
+    record = _json(path, {})
+    if not record:
+        raise InputError("no spectrum", str(path), "There is no such record.", "Make it with hesse spectrum RUN.")
+    absent = [key for key in SPECTRUM if key not in record]
+    if absent:
+        raise _damaged(path, f"it lacks {', '.join(absent)}")
+    return record
 
 
 def _records(folder: Path, config: dict[str, Any]) -> Records:
@@ -122,5 +145,6 @@ def _lines(path: Path) -> list[Any]:
 
 
 def _damaged(path: Path, what: str) -> InputError:
-    remedy = REMEDY if path.name == "config.json" else "Delete the file to build the page without it."
+    remedies = {"config.json": REMEDY, "spectrum.json": "Make it anew with hesse spectrum RUN."}
+    remedy = remedies.get(path.name, "Delete the file to build the page without it.")
     return InputError("damaged record", str(path), f"It cannot be read: {what}.", remedy)

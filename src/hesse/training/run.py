@@ -12,11 +12,14 @@ findings.json        what was noticed in data, derivatives and training
 evaluation.json      score on held-out rows, by class and by modality
 compare/NAME/        the same for an optimiser trained beside it
 report.html          the page
+spectrum.json        how the loss curves: eigenvalues, traces, density (``hesse spectrum``)
+spectrum.html        the same as a page
 ===================  ==============================================================================
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -26,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from hesse.files import atomic_path, read_json
+from hesse.files import atomic_path, read_json, write_json
 from hesse.finding import InputError
 from hesse.multimodal import FusedModel, Schema, encode, read_table
 from hesse.training.evaluate import outputs
@@ -48,6 +51,8 @@ RECORDS = (
     "findings.json",
     "evaluation.json",
     "report.html",
+    "spectrum.json",
+    "spectrum.html",
     "config.json",  # last to go: it is what makes a folder a run folder
 )
 CONFIG = (
@@ -110,7 +115,7 @@ class Run:
         path = self.folder / "findings.json"
         return read_json(path) if path.exists() else []
 
-    def model(self) -> nn.Module:
+    def model(self) -> FusedModel:
         """The trained model: averaged weights of the best epoch, in eval mode.
 
         Raises:
@@ -192,6 +197,68 @@ class Run:
 
         return build(self.folder)
 
+    def spectrum(
+        self,
+        *,
+        table: Any = None,
+        data_root: str | os.PathLike[str] | None = None,
+        split: str | None = None,
+        rows: int = 512,
+        batch_size: int = 512,
+        k: int = 5,
+        seed: int = 0,
+        out: str | os.PathLike[str] | None = None,
+        verbose: bool = False,
+    ) -> dict[str, Any]:
+        """The curvature of the trained model's loss, as ``spectrum.json`` and ``spectrum.html``.
+
+        Of the Gauss-Newton matrix and of the Hessian: the largest eigenvalues, the trace and how the eigenvalues are
+        spread; of the Hessian also the most negative one; of the Gauss-Newton matrix also each modality's block.
+
+        Args:
+            table: the table of the run; by default where it was when the run was made.
+            data_root: the folder that paths in cells are relative to; by default as the run had it.
+            split: "train", "valid" or "test"; by default "test", or "valid" if there are no test rows.
+            rows: most rows of it, drawn by the seed.
+            batch_size: rows at once. If all fit into one batch, its graph is kept and a product costs about one and a
+                half gradients instead of three; if not, memory is bounded and the result is the same.
+            k: how many of the largest eigenvalues.
+            seed: of the rows and of the estimates: the same seed gives the same files.
+            out: the folder for both files; by default the run's own.
+            verbose: progress on stderr.
+
+        Returns:
+            The record. An eigenvalue has its ``value`` and an ``error`` that bounds its distance from an eigenvalue;
+            a trace has its ``value`` and a standard error.
+
+        Raises:
+            InputError: an argument, the table or the run cannot be used; nothing has been written.
+        """
+        from hesse.report import build_spectrum
+        from hesse.training.screen import Screen
+        from hesse.training.spectrum import measure
+
+        record = measure(self, table, data_root, split, rows, batch_size, k, seed, Screen(quiet=not verbose))
+        folder = self.folder if out is None else Path(out)
+        write_json(folder / "spectrum.json", record)
+        build_spectrum(folder)
+        return record
+
+    def unlike(self, schema: Schema, rows: int) -> str:
+        """In what a table of so many rows is another one than the run was trained on; empty if in nothing.
+
+        Every count and statistic of the columns must be as it was, up to the rounding of other threads or machines.
+        """
+        if self.schema.target != schema.target:
+            return f"the target was '{self.schema.target}' and is '{schema.target}'"
+        if self.config["rows"] != rows:
+            return f"it had {self.config['rows']} rows and has {rows}"
+        if _alike(self.schema.to_json(), schema.to_json()):
+            return ""
+        pairs = zip(self.schema.columns, schema.columns, strict=False)
+        changed = [now.name for then, now in pairs if not _alike(then.to_json(), now.to_json())]
+        return f"the columns have changed ({', '.join(changed[:5]) or 'their number'})"
+
 
 def write_model(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write ``model.safetensors``, atomically."""
@@ -236,6 +303,17 @@ def _is_run(folder: Path) -> bool:
         return "hesse" in read_json(folder / "config.json")
     except (OSError, ValueError, TypeError):
         return False
+
+
+def _alike(then: Any, now: Any) -> bool:
+    """Whether two JSON values are the same, numbers to five digits."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return then.keys() == now.keys() and all(_alike(then[key], now[key]) for key in then)
+    if isinstance(then, list | tuple) and isinstance(now, list | tuple):
+        return len(then) == len(now) and all(map(_alike, then, now))
+    if isinstance(then, float) and isinstance(now, float):
+        return math.isclose(then, now, rel_tol=1e-5, abs_tol=1e-5)
+    return bool(then == now)
 
 
 def _unlike(target: str, name: str) -> str:
