@@ -51,6 +51,25 @@ def test_layers_that_mix_examples(name: str) -> None:
     assert found.products == passes
 
 
+def test_mixing_that_no_value_shows() -> None:
+    """Alone, an example has the outputs that it has in the batch, and other derivatives."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.head = nn.Parameter(torch.ones(5)), nn.Linear(5, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x * self.scale
+            mean = h.mean(0)
+            return self.head(h + mean - mean.detach())
+
+    case = made(lambda: classes(Model(), torch.randn(B, 5)))
+    found = exact(case)
+    torch.testing.assert_close(found.value, right(case), **ALGEBRA)
+    assert found.products == CLASSES + CLASSES * B
+
+
 # -- sums of squares: small sizes take every path ------------------------------------------------------------------
 
 
@@ -192,7 +211,8 @@ def test_blocks() -> None:
     for pattern in ("layer.*", "*.bias", "head.weight"):
         block = whole.block(pattern)
         found = block.layout.split(block.diagonal(method="exact").value)
-        assert all(torch.equal(found[name], expected[name]) for name in found)
+        for name, values in found.items():
+            torch.testing.assert_close(values, expected[name], **ALGEBRA)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

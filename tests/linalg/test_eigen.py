@@ -41,7 +41,9 @@ def check(A: Counted, found: Eigenpairs, expected: Tensor, rtol: float = 1e-3) -
     )
     # The residuals come from the recursion, at no product; these are computed.
     residuals = torch.linalg.vector_norm(A.matrix.double() @ vectors - vectors * values, dim=0)
-    torch.testing.assert_close(residuals, found.residuals.double(), rtol=1e-3, atol=rounding)
+    claimed = found.residuals.double()
+    assert bool((residuals <= 1.001 * claimed + rounding).all())
+    assert bool((claimed <= 1.001 * residuals + 0.5 * rtol * values.abs() + rounding).all())
     assert found.values.dtype == found.vectors.dtype == found.residuals.dtype == found.bounds.dtype == A.dtype
 
 

@@ -285,4 +285,4 @@ def test_numbers_have_the_digits_that_their_errors_leave(value: float, error: fl
 
 
 def test_short_numbers() -> None:
-    assert [short(x) for x in (None, 0.0, 0.03313, 57.92, 1234.5)] == ["–", "0", "0.0331", "57.9", "1,234"]
+    assert [short(x) for x in (None, 0.0, 0.03313, 9.0, 579.2, 1234.5)] == ["–", "0", "0.0331", "9.00", "579", "1,234"]

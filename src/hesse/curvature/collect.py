@@ -54,6 +54,9 @@ def _send_back(share: Share, columns: Iterable[Tensor]) -> Iterator[list[Tensor 
     on_cpu = run.outputs.device.type == "cpu"
     batched = not on_cpu or size <= BATCHED
     columns = (part for column in columns for part in share.parts(column))
+    if share.sent is not None:
+        yield [None if g is None else g.reshape(1, *shape) for g, shape in zip(share.sent, shapes, strict=True)]
+        columns = islice(columns, 1, None)
     while some := list(islice(columns, max(1, KEPT[on_cpu] // size))):
         block = torch.stack(some)
         block = block[block.reshape(len(block), -1).any(1)]  # the others belong to terms that do not count

@@ -22,6 +22,8 @@ from hesse.objective import Objective
 
 __all__ = ["Columns", "Kind", "columns_of", "draws_of"]
 
+MIXED = 32  # columns up to which they are held all at once
+
 Kind = Literal["ggn", "exact", "sampled", "empirical"]
 
 
@@ -32,11 +34,13 @@ class Columns(NamedTuple):
         rows: how many examples dimension 0 of the outputs counts; 1 if it counts none.
         number: the most columns that there may be.
         all: the columns anew at each call, shaped like the outputs.
+        first: the first of them, if it is a mixture in which every other shows.
     """
 
     rows: int
     number: int
     all: Callable[[], Iterator[Tensor]]
+    first: Tensor | None = None
 
 
 def columns_of(
@@ -61,10 +65,10 @@ def columns_of(
     width = outputs.numel() // rows
     if kind == "ggn":
         _refuse_indefinite(curvature, outputs)
-        return Columns(rows, width, curvature.root)
+        return _mixed(rows, width, curvature.root)
     if kind == "exact":
         curvature.fisher_root()  # raises if there is none
-        return Columns(rows, width, curvature.fisher_root)
+        return _mixed(rows, width, curvature.fisher_root)
     if kind == "sampled":
         r = curvature.label(torch.Generator(outputs.device).manual_seed(seed))
     else:
@@ -72,7 +76,7 @@ def columns_of(
             curvature = output_curvature(objective.loss_fn, outputs, objective.targets, reduction)
         r = term_gradients(objective.loss_fn, outputs, objective.targets, curvature)
     terms = width // max(1, prod(outputs.shape[axis] for axis in curvature.axes))
-    return Columns(rows, terms, lambda: _terms(curvature.weight**0.5 * r, curvature.axes))
+    return _mixed(rows, terms, lambda: _terms(curvature.weight**0.5 * r, curvature.axes))
 
 
 def draws_of(objective: Objective, outputs: Tensor, samples: int, seed: int) -> Columns:
@@ -88,11 +92,25 @@ def draws_of(objective: Objective, outputs: Tensor, samples: int, seed: int) -> 
         generator = torch.Generator(outputs.device).manual_seed(seed)
         return (scale * curvature.draw(generator) for _ in range(samples))
 
-    return Columns(_rows(outputs, curvature), samples, draws)
+    return Columns(_rows(outputs, curvature), samples, draws, next(draws()) if samples == 1 else None)
 
 
 def _rows(outputs: Tensor, curvature: OutputCurvature) -> int:
     return len(outputs) if outputs.ndim and 0 not in curvature.axes else 1
+
+
+def _mixed(rows: int, number: int, columns: Callable[[], Iterator[Tensor]]) -> Columns:
+    """A few columns turned so that the first is a sum of all with random signs; the sum of squares stays the same."""
+    if number > MIXED:
+        return Columns(rows, number, columns)
+    block = torch.stack(list(columns()))
+    signs = torch.randint(2, (len(block),), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    w = -signs / len(block) ** 0.5  # I - 2 w w' / w'w, with w = e_0 - signs / sqrt(K), takes e_0 there
+    w[0] += 1
+    if w.any():
+        w = w.to(block)
+        block = block - torch.tensordot(w * (2 / (w @ w)), torch.tensordot(w, block, 1), 0)
+    return Columns(rows, number, lambda: iter(block), block[0])
 
 
 def _terms(r: Tensor, axes: tuple[int, ...]) -> Iterator[Tensor]:

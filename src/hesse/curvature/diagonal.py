@@ -105,7 +105,7 @@ class ExactDiagonal:
                 raise
             return None
         with objective.at(params):
-            found = list(shares(run, columns.rows))
+            found = list(shares(run, columns))
             passes = round(columns.number * sum(share.passes for share in found))
             if limit is not None and passes > limit:
                 return None

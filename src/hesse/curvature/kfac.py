@@ -25,7 +25,7 @@ from hesse.curvature.columns import Columns, Kind, columns_of, draws_of
 from hesse.curvature.evaluate import refuse_parameters
 from hesse.curvature.examples import Examples
 from hesse.curvature.factored import Eigenbasis, KroneckerFactored
-from hesse.curvature.layers import Lookups
+from hesse.curvature.layers import Lookups, wide
 from hesse.curvature.moments import Moments, parts_of
 from hesse.curvature.passes import Run, Share, shares, watch
 from hesse.curvature.product import points, working
@@ -92,7 +92,8 @@ def kfac(
         With one example and one output the block is one outer product, and K-FAC is exact:
 
         >>> x = torch.tensor([[1.0, 2.0]])
-        >>> B = kfac(nn.Linear(2, 1, bias=False), nn.functional.mse_loss, (x, torch.zeros(1, 1)))
+        >>> model, batch = nn.Linear(2, 1, bias=False), (x, torch.zeros(1, 1))
+        >>> B = kfac(model, nn.functional.mse_loss, batch, fisher_type="exact")
         >>> B.dense().tolist()
         [[2.0, 4.0], [4.0, 8.0]]
         >>> torch.allclose(B.inverse(1.0) @ (B @ x[0] + x[0]), x[0])
@@ -161,7 +162,7 @@ class _Passes:
                     i: None for i, use in enumerate(run.uses) if not run.coverage.known.isdisjoint(use.names)
                 }
                 return iter([Share(run, tuple(sorted(run.coverage.known)), places, (), lambda column: (column,), 1, 1)])
-        return shares(run, one.columns.rows, together=self.random)
+        return shares(run, one.columns, together=self.random)
 
     def mean(self, sums: Sums, blocks: dict[str, Block]) -> Sums:
         """The sums over all processes, those that count by the weight of batches divided by all weights."""
@@ -178,7 +179,7 @@ def _factors(passes: _Passes, variant: Variant) -> Statistics:
     sums: Sums = {}
     blocks: dict[str, Block] = {}
     for one in passes:
-        _add(sums, "weight", "", torch.tensor(one.weight, device=one.run.outputs.device))
+        _add(sums, "weight", "", wide(one.run.outputs).new_tensor(one.weight))
         with one.run.objective.at(one.run.params):
             for share in passes.shares(one, examples=variant == "reduce"):
                 moments = {block.weight: Moments(block, share, variant) for block in _blocks(share, blocks)}
@@ -201,7 +202,7 @@ def _factors(passes: _Passes, variant: Variant) -> Statistics:
     for name, block in blocks.items():
         if ("a", name) in sums:
             a, g, rows = sums["a", name], sums["g", name], sums["rows", name].clamp_min(1)
-            a = a.div_(rows.view(-1, *[1] * (a.ndim - 1)).to(a.dtype))
+            a = a.div_(rows.view(-1, *[1] * (a.ndim - 1)))
             a = a[0] if a.ndim == 3 and len(a) == 1 else a
             found[name] = Kronecker(a, g[0] if len(g) == 1 else g, block.form, block.bias)
     return found
@@ -212,7 +213,7 @@ def _corrected(passes: _Passes, factors: Statistics, bases: Mapping[str, Eigenba
     sums: Sums = {}
     blocks: dict[str, Block] = {}
     for one in passes:
-        _add(sums, "weight", "", torch.tensor(one.weight, device=one.run.outputs.device))
+        _add(sums, "weight", "", wide(one.run.outputs).new_tensor(one.weight))
         with one.run.objective.at(one.run.params):
             for share in passes.shares(one, examples=True):
                 turned = {block.weight: _Turned(block, bases[block.weight]) for block in _blocks(share, blocks)}

@@ -33,9 +33,9 @@ class RowsOf(NamedTuple):
 
 
 class Moments:
-    """The sums for one block from one share: a :class:`hesse.curvature.passes.Collector`.
+    """The sums for one block from one share: a :class:`hesse.curvature.collect.Collector`.
 
-    ``a`` is the sum of a a' [G, n, n] over ``rows`` rows ([G], float64), ``g`` that of g g' [G, m, m]; of lookups ``a``
+    ``a`` is the sum of a a' [G, n, n] over ``rows`` rows ([G]), ``g`` that of g g' [G, m, m]; of lookups ``a``
     [n] counts the indices. They are None until something has been added.
 
     Raises:
@@ -72,7 +72,7 @@ class Moments:
     def _add_lookups(self, lookups: Sequence[Lookups]) -> None:
         if self.a is None:
             self.a = torch.stack([_counts(one) for one in lookups]).sum(0)
-            self.rows = self.a.sum(dtype=torch.float64)[None]
+            self.rows = self.a.sum()[None]
         g = _second(torch.cat([one.g.flatten(0, 2) for one in lookups])[:, None])
         self.g = g if self.g is None else self.g + g
 
@@ -85,13 +85,15 @@ class Moments:
         else:
             x = _joined([row.a.flatten(0, 1) for row in part])
             rows = float(positions.sum())
-        a = _second(x)
-        if self.block.bias is not None:  # its input is a one at every row
-            n = a.shape[-1]
-            a = F.pad(a, (0, 1, 0, 1))
+        if self.block.bias is None:
+            a = _second(x)
+        else:  # whose input is a one at every row
+            groups, n = x.shape[1:]
+            a = x.new_empty(groups, n + 1, n + 1)
+            _second(x, out=a[:, :n, :n])
             a[:, n, :n] = a[:, :n, n] = x.sum(0)
             a[:, n, n] = rows
-        return a, torch.full(a.shape[:1], rows, dtype=torch.float64, device=a.device)
+        return a, a.new_full(a.shape[:1], rows)
 
     def _gradients(self, part: Sequence[RowsOf]) -> Tensor:
         """Rows g [.., G, m]."""
@@ -121,12 +123,15 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
-def _second(x: Tensor) -> Tensor:
+def _second(x: Tensor, out: Tensor | None = None) -> Tensor:
     """[G, n, n], the sum over rows of x x' for [rows, G, n]."""
-    if x.shape[1] == 1:
-        return (x[:, 0].mT @ x[:, 0])[None]
-    x = x.movedim(1, 0)
-    return x.mT @ x
+    groups, n = x.shape[1:]
+    out = x.new_empty(groups, n, n) if out is None else out
+    if groups == 1:
+        torch.mm(x[:, 0].mT, x[:, 0], out=out[0])
+    else:
+        torch.bmm(x.permute(1, 2, 0), x.movedim(1, 0), out=out)
+    return out
 
 
 def _counts(found: Lookups) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from hesse.curvature.columns import Columns
 from hesse.curvature.culprit import DerivativeError
 from hesse.curvature.evaluate import evaluate
 from hesse.curvature.examples import Examples, example_dims, powers
@@ -75,6 +76,7 @@ class Share(NamedTuple):
             the outputs of the run.
         passes: what a column costs, in backward passes of the batch.
         rows: how many examples the run has.
+        sent: what the first column gave at the uses, if the proof has sent it back already.
     """
 
     run: Run
@@ -84,6 +86,7 @@ class Share(NamedTuple):
     parts: Callable[[Tensor], Iterable[Tensor]]
     passes: float
     rows: int
+    sent: list[Tensor | None] | None = None
 
 
 def watch(objective: Objective, params: Params, names: Iterable[str]) -> Run:
@@ -96,24 +99,27 @@ def watch(objective: Objective, params: Params, names: Iterable[str]) -> Run:
     return _watch(objective, params, names, lambda: evaluate(objective, params)[0])
 
 
-def shares(run: Run, rows: int, *, together: bool = False) -> Iterator[Share]:
+def shares(run: Run, columns: Columns, *, together: bool = False) -> Iterator[Share]:
     """The parameters that influence the outputs, each in one share of a batch, or in one of each of its examples.
 
     To be called inside ``objective.at(params)``.
 
     Args:
         run: the forward pass of the batch.
-        rows: how many examples dimension 0 of the outputs counts; 1 if it counts none.
+        columns: what is to be sent back.
         together: send what cannot be proved back for all rows together nevertheless. For columns that are random, and
             independent between terms, that is right in the mean.
     """
+    rows = columns.rows
     left, loose = sorted(run.coverage.known), sorted(run.coverage.loose)
     for split in _splits(run, rows) if left and rows > 1 else ():
-        places = _prove(run, left, split)
+        first = columns.first if split.times == 1 else None
+        places, grads = _prove(run, left, split, _random(run.outputs) if first is None else first)
         proved = tuple(name for name in left if _all_known(run, name, places))
         if proved:
             used = [i for i in places if not set(run.uses[i].names).isdisjoint(proved)]
-            yield Share(run, proved, {i: places[i] for i in used}, (), split.parts, split.times, rows)
+            sent = None if first is None else [grads[i] for i in used]
+            yield Share(run, proved, {i: places[i] for i in used}, (), split.parts, split.times, rows, sent)
         left = [name for name in left if name not in proved]
         if not left:
             break
@@ -178,16 +184,20 @@ def _splits(run: Run, rows: int) -> Iterator[_Split]:
         yield _Split(rows, size, major=False)
 
 
-def _prove(run: Run, names: Sequence[str], split: _Split) -> dict[int, Examples | None]:
-    """Where each use of the names that influences the outputs keeps the groups of the split; None if nowhere."""
+def _prove(
+    run: Run, names: Sequence[str], split: _Split, r: Tensor
+) -> tuple[dict[int, Examples | None], dict[int, Tensor | None]]:
+    """Where each use of the names that influences the outputs keeps the groups of the split, None if nowhere; and what
+    ``r`` gives there, which should have something of everything that will be sent back."""
     numbers = [i for i, use in enumerate(run.uses) if not set(use.names).isdisjoint(names)]
     uses = [run.uses[i] for i in numbers]
-    r, factors = _random(run.outputs), powers(split.groups)
+    factors = powers(split.groups)
     by_row = split.spread(factors).to(r).view(-1, *[1] * (r.ndim - 1))
     edges = [use.edge for use in uses]
     plain, scaled = run.gradients(edges, r), run.gradients(edges, by_row * r)
-    places = example_dims(uses, plain, scaled, factors)
-    return {i: place for i, place, g in zip(numbers, places, plain, strict=True) if g is not None}
+    found = zip(numbers, example_dims(uses, plain, scaled, factors), plain, strict=True)
+    places = {i: place for i, place, g in found if g is not None}
+    return places, dict(zip(numbers, plain, strict=True))
 
 
 def _all_known(run: Run, name: str, places: Mapping[int, Examples | None]) -> bool:

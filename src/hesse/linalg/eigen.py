@@ -118,7 +118,9 @@ def eigsh(
 
 
 def _search(run: Lanczos, k: int, which: str, rtol: float, atol: float, limit: int) -> Eigenpairs:
-    begin: int | None = None  # where the steps from the last random vector begin, while they say something
+    turned: int | None = None  # products when the search last turned to a random vector, if it has found nothing since
+    begin: int | None = None  # where in the basis the steps from it begin, if that is not restarted
+    settled = torch.zeros(0)
     missed = 1.0
     step = 0
     while True:
@@ -135,10 +137,15 @@ def _search(run: Lanczos, k: int, which: str, rtol: float, atol: float, limit: i
             limits = {side: min(limits.get(side, last), last) for side in (1.0, -1.0)}
         # No eigenvalue of a psd operator is below zero: nothing need be shown there.
         shown = {side: tau for side, tau in limits.items() if side > 0 or tau < 0 or not run.A.psd}
-        if begin is not None and not _within(run, begin, shown):
-            begin = None  # these steps have found something: once that is right, others have to confirm
+        moved = turned is not None and bool(((theta[wanted] - settled).abs() > allowed).any())
+        if moved or (begin is not None and not _within(run, begin, shown)):
+            turned = begin = None  # something was there: once that is right, another random vector has to confirm it
         chance = _chance(run, begin, shown)
-        done = run.complete or (right and missed * chance <= MISSED)
+        # Where the spectrum is dense beyond the limits, that takes long: as many products again as it took to get here,
+        # or two bases full, are enough in any case.
+        more = 0 if turned is None else run.products - turned
+        enough = missed * chance <= MISSED or 0 < min(turned or 0, 2 * run.size) <= more
+        done = run.complete or (right and enough)
         crowded = run.size < run.free and run.waiting > run.size - k - 5
         if done or crowded or run.products >= limit:
             bounds = _bounds(theta, residual, wanted, sides, limits) + rounding
@@ -152,16 +159,17 @@ def _search(run: Lanczos, k: int, which: str, rtol: float, atol: float, limit: i
             )
         links = (run.coupling[0] @ S[:, wanted]).abs()
         step = 0
-        if not right and begin is None:  # that waiting vector which takes most from the pairs wanted
+        if turned is None:  # that waiting vector which takes most from the pairs wanted
             step = int(links.square().sum(1).argmax())
         if run.full:
             missed *= chance
             begin = None
             keep = _wanted(theta, k + (run.size - run.waiting - k) // 2, which)
             run.restart(theta[None, keep], S[None, :, keep])
-        if right and begin is None:
-            begin = run.length
+        if right and (turned is None or (begin is None and run.waiting < 4)):
+            turned, begin, settled = turned or run.products, run.length, theta[wanted]
             run.turn((links <= 0.1 * allowed).all(1))
+            step = 0
 
 
 def _wanted(theta: Tensor, k: int, which: str) -> list[int]:

@@ -28,6 +28,7 @@ __all__ = [
     "Row",
     "axis",
     "clock",
+    "digits",
     "heat",
     "labels",
     "layout",
@@ -172,6 +173,11 @@ def thin(rows: Sequence[Row], limit: int) -> list[Row]:
 def rounded(values: NDArray[np.float64]) -> list[Any]:
     """Nested lists of four digits, None where there is no number: a page is read, not computed with."""
     return [[round(value, 4) if math.isfinite(value) else None for value in row] for row in values.tolist()]
+
+
+def digits(values: NDArray[np.float64]) -> list[float | None]:
+    """Four significant digits, None where there is no number."""
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def line(direction: str, at: float, colour: str, dash: str = "dash", **more: Any) -> Figure:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hesse.report.figure import (
     DASHES,
@@ -21,6 +20,7 @@ from hesse.report.figure import (
     Figure,
     Row,
     axis,
+    digits,
     heat,
     labels,
     layout,
@@ -164,7 +164,7 @@ def updates(rows: Sequence[Row]) -> Chart | None:
             faint.append(
                 {
                     **common,
-                    "y": _digits(values),
+                    "y": digits(values),
                     "showlegend": False,
                     "opacity": 0.35,
                     "line": {"color": SERIES[i % 6], "width": 1},
@@ -177,7 +177,7 @@ def updates(rows: Sequence[Row]) -> Chart | None:
         bold.append(
             {
                 **common,
-                "y": _digits(median),
+                "y": digits(median),
                 "line": {"color": SERIES[i % 6], "width": 2.5, "dash": DASHES[i % 4]},
                 "hovertemplate": "<b>%{fullData.name}</b>, median<br>step %{x}: %{y:.2e}<extra></extra>",
             }
@@ -194,11 +194,6 @@ def updates(rows: Sequence[Row]) -> Chart | None:
         {"data": faint + bold, "layout": layout(axis("step"), axis(**vertical), showlegend=True)},
         400,
     )
-
-
-def _digits(values: NDArray[np.float64]) -> list[float | None]:
-    """Four significant digits, None where there is no number."""
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _literal(text: str) -> str:

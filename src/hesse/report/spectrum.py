@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hesse.files import write_text
-from hesse.report.figure import SERIES, Chart, Figure, axis, labels, layout, percent
+from hesse.report.figure import SERIES, Chart, Figure, axis, digits, labels, layout, percent
 from hesse.report.page import render
 from hesse.report.records import optimizer_label, read_spectrum
 
@@ -93,7 +93,9 @@ def _rounded(value: float, error: float, places: int) -> str:
 
 def short(value: float | None) -> str:
     """Three digits, or a dash."""
-    return "–" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value == 0 or abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 def _bars(blocks: Sequence[Found]) -> list[Chart]:
@@ -166,9 +168,9 @@ def density(matrices: Sequence[tuple[str, Found]], n: int) -> Chart:
                 "mode": "lines",
                 "name": title,
                 "legendgroup": str(i),
-                "x": _digits(grid),
-                "y": _digits(np.maximum(count, LOWEST / 10)),
-                "customdata": _digits(unit * np.sinh(grid)),
+                "x": digits(grid),
+                "y": digits(np.maximum(count, LOWEST / 10)),
+                "customdata": digits(unit * np.sinh(grid)),
                 "line": {"color": SERIES[i], "width": 2, "dash": ("solid", "dot")[i]},
                 "hovertemplate": "<b>%{fullData.name}</b><br>about %{y:.3g} near %{customdata:.3g}<extra></extra>",
             }
@@ -181,9 +183,9 @@ def density(matrices: Sequence[tuple[str, Found]], n: int) -> Chart:
                 "name": f"{title}, one by one",
                 "legendgroup": str(i),
                 "showlegend": False,
-                "x": _digits(np.arcsinh(np.array(known) / unit)),
+                "x": digits(np.arcsinh(np.array(known) / unit)),
                 "y": [1.0] * len(known),
-                "customdata": _digits(np.array(known)),
+                "customdata": digits(np.array(known)),
                 "marker": {"color": SERIES[i], "symbol": ("circle-open", "x-thin-open")[i], "size": 10},
                 "hovertemplate": f"<b>{title}</b><br>%{{customdata:.4g}}<extra></extra>",
             }
@@ -239,8 +241,3 @@ def _at(ticks: Sequence[float], unit: float) -> Figure:
         "tickvals": [math.asinh(tick / unit) for tick in ticks],
         "ticktext": [f"{tick:g}".replace("-", "−") for tick in ticks],
     }
-
-
-def _digits(values: NDArray[np.float64]) -> list[float]:
-    """Four significant digits: a page is read, not computed with."""
-    return [float(f"{value:.4g}") for value in values.tolist()]
