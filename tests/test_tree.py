@@ -67,3 +67,95 @@ def test_nothing_is_finite() -> None:
     assert tree.is_finite({})
     assert tree.is_finite({"empty": torch.zeros(0, 3)})
     assert tree.is_finite([torch.zeros(0), torch.ones(1)])
+
+
+# -- Layout ------------------------------------------------------------------------------------------------------
+
+LAYOUT = tree.Layout(
+    {"b.weight": torch.Size([2, 3]), "a": torch.Size([4]), "b.bias": torch.Size([1]), "none": torch.Size([0, 5])}
+)
+
+
+def test_a_layout_is_the_order_of_the_names() -> None:
+    x = random_tree(0)
+    layout = tree.Layout.of(x)
+    assert list(layout.shapes) == list(x)
+    assert layout.size == len(flat(x)) == 15
+    assert LAYOUT.size == 11
+    assert LAYOUT.slices == {"b.weight": slice(0, 6), "a": slice(6, 10), "b.bias": slice(10, 11), "none": slice(11, 11)}
+
+
+@pytest.mark.parametrize("tail", [(), (1,), (3,)])
+def test_flatten_and_split_are_inverse(tail: tuple[int, ...]) -> None:
+    v = torch.arange(11.0 * math.prod(tail)).reshape(11, *tail)
+    parts = LAYOUT.split(v)
+    assert {name: part.shape for name, part in parts.items()} == {
+        name: shape + tail for name, shape in LAYOUT.shapes.items()
+    }
+    assert torch.equal(LAYOUT.flatten(parts), v)
+    assert torch.equal(LAYOUT.flatten(dict(reversed(parts.items()))), v)  # by name, not by order
+
+
+def test_columns_are_the_last_dimension_of_each_part() -> None:
+    v = torch.randn(11, 3, generator=torch.Generator().manual_seed(0))
+    for j in range(3):
+        for name, part in LAYOUT.split(v[:, j]).items():
+            assert torch.equal(LAYOUT.split(v)[name][..., j], part)
+
+
+def test_flatten_is_that_of_the_concatenated_vector() -> None:
+    x = random_tree(0)
+    assert torch.equal(tree.Layout.of(x).flatten(x), flat(x))
+
+
+def test_the_parts_are_views() -> None:
+    v = torch.zeros(11)
+    LAYOUT.split(v)["a"].fill_(1)
+    assert v.tolist() == [0] * 6 + [1] * 4 + [0]
+
+
+def test_tensors_that_do_not_fit_a_layout() -> None:
+    parts = LAYOUT.split(torch.zeros(11))
+    with pytest.raises(ValueError, match=r"missing \['a'\], unknown \['c'\]"):
+        LAYOUT.flatten({("c" if name == "a" else name): part for name, part in parts.items()})
+    with pytest.raises(ValueError, match=r"'a' must have shape \[4\]; got \[2, 2\]"):
+        LAYOUT.flatten(parts | {"a": torch.zeros(2, 2)})
+    # As many columns in every part, or in none.
+    columns = LAYOUT.split(torch.zeros(11, 3))
+    for bad in (torch.zeros(4), torch.zeros(4, 2)):
+        with pytest.raises(ValueError, match=r"'a' must have shape \[4, 3\]"):
+            LAYOUT.flatten(columns | {"a": bad})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*", ["b.weight", "a", "b.bias", "none"]),
+        ("b.*", ["b.weight", "b.bias"]),
+        ("a", ["a"]),
+        ("?", ["a"]),
+        (["none", "b.bias"], ["b.bias", "none"]),  # in the layout's order
+        (["a", "c"], ["a"]),
+        (["*", "a"], ["b.weight", "a", "b.bias", "none"]),  # each name once
+    ],
+)
+def test_names_are_matched_by_patterns(pattern: str | list[str], names: list[str]) -> None:
+    assert LAYOUT.match(pattern) == names
+
+
+@pytest.mark.parametrize("pattern", ["c", "A", "B.*", "weight", "", []])
+def test_a_pattern_that_matches_nothing_lists_the_names(pattern: str | list[str]) -> None:
+    with pytest.raises(ValueError, match=r"The names are: b\.weight, a, b\.bias, none\."):
+        LAYOUT.match(pattern)
+
+
+def test_of_many_names_twenty_are_listed() -> None:
+    many = tree.Layout({f"layer{i}": torch.Size([1]) for i in range(25)})
+    with pytest.raises(ValueError, match="layer18, layer19 and 5 more"):
+        many.match("head")
+
+
+def test_a_layout_is_restricted_in_its_own_order() -> None:
+    part = LAYOUT.restrict(["b.bias", "b.weight"])
+    assert part == tree.Layout({"b.weight": torch.Size([2, 3]), "b.bias": torch.Size([1])})
+    assert part.slices["b.bias"] == slice(6, 7)

@@ -73,11 +73,11 @@ class Layout:
                 raise ValueError(
                     f"the tensor {name!r} must have shape {list(shape + tail)}; got {list(x[name].shape)}."
                 )
-        return torch.cat([x[name].reshape(-1, *tail) for name in self.shapes])
+        return torch.cat([x[name].reshape((shape.numel(), *tail)) for name, shape in self.shapes.items()])
 
     def split(self, v: Tensor) -> Params:
         """Views of ``v`` [n] by name, or of [n, k] with k as last dimension."""
-        return {name: v[self.slices[name]].reshape(*shape, *v.shape[1:]) for name, shape in self.shapes.items()}
+        return {name: v[self.slices[name]].reshape((*shape, *v.shape[1:])) for name, shape in self.shapes.items()}
 
     def match(self, pattern: str | Sequence[str]) -> list[str]:
         """The names that a pattern such as ``"encoder.*"``, or one of several, matches.

@@ -178,3 +178,16 @@ def test_kinks_and_scales_raise_no_false_alarm(seed: int) -> None:
         model[2].weight.mul_(1e2)
     x = 10 * torch.randn(64, 10)
     assert hessian(model, F.cross_entropy, (x, x.argmax(1) % 3)).mode == "double-backward"
+
+
+def test_units_that_stand_on_a_kink_raise_no_false_alarm() -> None:
+    """A silent input and no bias: every hidden unit is exactly at zero, and any step takes all of them off it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+    for module in model:
+        if isinstance(module, nn.Conv2d):
+            nn.init.zeros_(module.bias)
+    x = torch.randn(16, 1, 10, 10)
+    x[:8] = 0
+    assert hessian(model, F.cross_entropy, (x, torch.arange(16) % 3)).mode == "double-backward"
+    assert ggn(model, F.cross_entropy, (x, torch.arange(16) % 3)).mode == "double-backward"

@@ -16,7 +16,7 @@ __all__ = ["spectrum"]
 def spectrum(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     split: Annotated[
-        str | None, typer.Option(help="train, valid or test.  [default: test, or valid if there is none]")
+        str | None, typer.Option(help="train, valid or test; by default test, or valid if there is no test row.")
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Most rows of it, drawn by the seed.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once: fewer take less memory and more time.")] = 512,
@@ -24,9 +24,9 @@ def spectrum(
     seed: Annotated[int, typer.Option(min=0, help="Of the rows and the estimates.")] = 0,
     table: Annotated[Path | None, typer.Option(help="The run's table, if it has moved.")] = None,
     data_root: Annotated[
-        Path | None, typer.Option(help="Folder that paths in cells are in.  [default: as in training]")
+        Path | None, typer.Option(help="Folder that paths in cells are in; by default as in training.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for spectrum.json and .html.  [default: the run's]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for spectrum.json and .html; by default the run's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Show how the loss of a trained run curves: eigenvalues, trace, density, and each modality's block."""

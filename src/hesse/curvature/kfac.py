@@ -94,8 +94,9 @@ def kfac(
         >>> x = torch.tensor([[1.0, 2.0]])
         >>> model, batch = nn.Linear(2, 1, bias=False), (x, torch.zeros(1, 1))
         >>> B = kfac(model, nn.functional.mse_loss, batch, fisher_type="exact")
-        >>> B.dense().tolist()
-        [[2.0, 4.0], [4.0, 8.0]]
+        >>> B.dense()
+        tensor([[2.0000, 4.0000],
+                [4.0000, 8.0000]])
         >>> torch.allclose(B.inverse(1.0) @ (B @ x[0] + x[0]), x[0])
         True
     """

@@ -2,8 +2,9 @@
 
 torch refuses some second derivatives and gets others wrong without a word, so a mode is used for a model only after one
 of its products has been held against differences of plain gradients. These are taken in float64 with a step so short
-(1e-7 of the parameters) that a kink of a ReLU is hardly ever crossed; a mismatch counts when it shows in two random
-directions. The verdict holds for the model as long as its modules, their mode and the loss are the same.
+(1e-7 of the parameters) that a kink of a ReLU is hardly ever crossed; a mismatch counts when it shows again in another
+direction, from a point beside this one, with a hundredth of the step. The verdict holds for the model as long as its
+modules, their mode and the loss are the same.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from hesse.tree import Params
 
 __all__ = ["choose_hessian", "choose_jacobian"]
 
-STEP = 1e-7  # of a parameter's size: a float64 difference then carries nine digits and meets no kink
+# Of a parameter's size: a float64 difference then carries nine digits and seldom meets a kink; the second try, with a
+# step that carries seven, starts from beside the point.
+STEPS = (1e-7, 1e-9)
 TOLERANCE = 1e-4  # of a product in float64, relative to a parameter's part or, a tenth of it, to the whole
 LOW_TOLERANCE = 2e-2  # of one in float32, whose sums cancel
 WAY_OUT = "Use mode='differences' (finite differences of gradients), or replace the operation"
@@ -128,14 +131,13 @@ def _wrong(
     values: Callable[[Objective, Params], Params],
 ) -> str:
     """What is wrong with a map, as words; nothing if empty."""
-    params = points(objective)
     exact = _in_float64(objective)
-    product, transposed = both_ways(objective, params)
-    wrong = ""
-    for seed in range(2):
-        v = hold_padding(objective.model, _direction(params, seed))
+    for attempt, step in enumerate(STEPS):
+        params = points(objective) if attempt == 0 else _nearby(objective)
+        product, transposed = both_ways(objective, params)
+        v = hold_padding(objective.model, _direction(params, attempt))
         found = product(v)
-        wrong = _disagreement(found, _difference(exact, v, values))
+        wrong = _disagreement(found, _difference(exact, params, v, values, step))
         if not wrong:
             break
     if wrong:
@@ -175,11 +177,24 @@ def _direction(params: Params, seed: int) -> Params:
     return v
 
 
-def _difference(objective: Objective, v: Params, values: Callable[[Objective, Params], Params]) -> Params:
+def _nearby(objective: Objective) -> Params:
+    """The parameters moved by a ten-thousandth: units that stand on a kink (zero bias, silent input) leave it."""
     params = objective.params
-    step = STEP if all(p.dtype == torch.float64 for p in params.values()) else 1e-2
+    noise = _direction(params, seed=-1)
+    return {name: (p.detach() + 1e-4 * noise[name]).requires_grad_() for name, p in params.items()}
+
+
+def _difference(
+    objective: Objective, point: Params, v: Params, values: Callable[[Objective, Params], Params], step: float
+) -> Params:
+    dtypes = {name: p.dtype for name, p in objective.params.items()}
+    if any(dtype != torch.float64 for dtype in dtypes.values()):
+        step = 1e-2  # no shorter one carries digits
     sides = [
-        values(objective, {name: (p.detach() + t * v[name].to(p)).requires_grad_() for name, p in params.items()})
+        values(
+            objective,
+            {n: (p.detach().to(dtypes[n]) + t * v[n].to(dtypes[n])).requires_grad_() for n, p in point.items()},
+        )
         for t in (step, -step)
     ]
     return tree.scale(0.5 / step, tree.add((1.0, sides[0]), (-1.0, sides[1])))

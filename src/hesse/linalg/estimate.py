@@ -250,7 +250,7 @@ def _judged(sampler: Sampler, rtol: float) -> tuple[Tensor, Tensor, float]:
     wrong, allowed = float(torch.linalg.vector_norm(error)), rtol * float(torch.linalg.vector_norm(value))
     if value.ndim == 0:
         value, error = value.cpu(), error.cpu()
-    return value, error, wrong / max(allowed, 1e-300) if wrong > 0 else 0.0
+    return value, error, wrong / max(allowed, 1e-100) if wrong > 0 else 0.0
 
 
 def _exact(probes: Probes, what: _Quantity, reason: str) -> Estimate:

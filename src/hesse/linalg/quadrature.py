@@ -196,7 +196,7 @@ def logdet(
         room = (max_products - products) // each
         if converged or room == 0 or float(margins.mean()) > float(noise):  # more vectors would not help
             return Estimate(value, error, products, converged, "lanczos")
-        need = math.ceil(count * (1.1 * (float(noise) / max(allowed, 1e-300)) ** 2 - 1))
+        need = math.ceil(count * (1.1 * (float(noise) / max(allowed, 1e-100)) ** 2 - 1))
         if n <= min(need * each, max_products - products):
             return _exact(A, damping, products)
         wanted = min(room, max(need, count // 4), count)

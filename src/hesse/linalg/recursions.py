@@ -160,12 +160,12 @@ class MinimalResiduals(_Recursion):
         second = self.s * delta + self.c_old * self.c * self.gamma
         third = self.s_old * self.gamma
         pivot = torch.hypot(first, gamma)
-        self.size = torch.maximum(self.size, torch.hypot(torch.hypot(self.gamma, delta), gamma))
+        self.size = torch.maximum(self.size, torch.hypot(delta, gamma))
         # ||A r|| / ||r||, which vanishes where no x makes the residual smaller (Choi, Paige and Saunders, 2011).
         slope = torch.hypot(first, self.c * gamma)
         flat = slope <= self.damped.flat * self.size
         reports = [
-            NOT_FINITE if not math.isfinite(p) else NOT_DEFINITE if b <= 0 else LEAST_SQUARES if f else RUNNING
+            NOT_DEFINITE if b <= 0 else NOT_FINITE if not math.isfinite(p) else LEAST_SQUARES if f else RUNNING
             for p, b, f in zip((pivot + self.vz).tolist(), before.tolist(), flat.tolist(), strict=True)
         ]
         going = torch.tensor([report == RUNNING for report in reports], device=z.device)

@@ -247,20 +247,19 @@ def _curvature(
     """Gauss-Newton matrix, Hessian and blocks of the loss on all batches together."""
     loss_fn = LOSSES[schema.task]
     batch = batches[0] if len(batches) == 1 else batches
-    # These modes are right for the layers of this model, which the tests hold against dense matrices. Asking for proof
-    # again could refuse them: thousands of units that see the same silence cross a kink all at once. Forward mode
-    # takes three quarters of the time of double backward through convolutions.
+    # Forward mode takes three quarters of the time of double backward through convolutions; modes are named so that no
+    # number depends on the clock.
     blocks = _blocks(schema, model)
     with screen.decoding("curvature") as progress:
         meter = _Meter(screen, progress, 7 + len(blocks))
-        G = ggn(model, loss_fn, batch, mode="forward", verify=False)
+        G = ggn(model, loss_fn, batch, mode="forward")
         gauss_newton = _whole(meter, "Gauss-Newton", _steady(G), k, seed)
         diagonal = meter("Gauss-Newton, diagonal", lambda: G.diagonal(method="exact"))
         gauss_newton["trace"] = _exact(diagonal.value)
         for block in blocks:
             _measure_block(meter, G, diagonal.value, block, seed)
         _compare(gauss_newton, blocks)
-        H = _steady(hessian(model, loss_fn, batch, mode="double-backward", verify=False))
+        H = _steady(hessian(model, loss_fn, batch, mode="double-backward"))
         of_hessian = _whole(meter, "Hessian", H, k, seed)
         search: dict[str, Any] = {"which": "SA", "rtol": LOWEST_RTOL, "basis": LOWEST_BASIS, "seed": seed}
         of_hessian["lowest"] = _eigenvalues(meter("Hessian, most negative", lambda: H.eigsh(1, **search)))[0]
