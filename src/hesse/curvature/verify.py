@@ -138,7 +138,7 @@ def _wrong(
         v = hold_padding(objective.model, _direction(params, attempt))
         found = product(v)
         wrong = _disagreement(found, _difference(exact, params, v, values, step))
-        if not wrong:
+        if not wrong or not tree.is_finite(found):  # a kink makes differences jump, never a product NaN
             break
     if wrong:
         return f"wrong for {wrong}"
