@@ -106,6 +106,18 @@ class Self(nn.Module):
         return self.attention(x, x, x)[0]
 
 
+class BothWays(nn.Module):
+    """One attention of an input to itself and to another: its packed projection is used whole and in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention(x, x, x)[0]
+        return self.attention(y, x.cos(), x.cos())[0]
+
+
 class Cross(nn.Module):
     """Attention of an input to another of other width, or with a packed projection used in parts."""
 
@@ -220,6 +232,7 @@ APART: dict[str, Callable[[], Problem]] = {
     "LSTMCell": lambda: layer(nn.LSTMCell(3, 4), 4, 3, call=cell),
     "MultiheadAttention": lambda: layer(Self(), 3, 4),
     "MultiheadAttention, packed in parts": lambda: layer(Cross(4), 3, 4),
+    "MultiheadAttention, packed, whole and in parts": lambda: layer(BothWays(), 3, 4),
     "MultiheadAttention, other widths": lambda: layer(Cross(3), 3, 4),
     "TransformerEncoderLayer": lambda: layer(nn.TransformerEncoderLayer(4, 2, 6, 0.1, batch_first=True), 3, 4),
     "TransformerEncoderLayer, examples second":

@@ -79,7 +79,7 @@ def test_whatever_is_kept_at_a_time(name: str, size: int, monkeypatch: pytest.Mo
     case = made(APART[name])
     expected = right(case)
     monkeypatch.setattr(squaring, "FORMED", size)
-    monkeypatch.setattr(collecting, "KEPT", {True: size, False: size})
+    monkeypatch.setattr(collecting, "ON_CPU", size)
     monkeypatch.setattr(collecting, "BATCHED", size)
     monkeypatch.setattr(collecting, "PATCHES", size)
     torch.testing.assert_close(exact(case).value, expected, **ALGEBRA)
@@ -176,10 +176,17 @@ LOSSES: dict[str, Callable[[], Problem]] = {
 }
 
 
+# Sequences whose positions are rows of the outputs are told apart, whichever comes first: a pass for each position
+# and class of what they share, and for each class of what knows of one position only.
+PASSES = {"tokens": 5 * CLASSES, "tokens as rows, examples second": 4 * CLASSES, "squares of numbers": 1}
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name: str) -> None:
     case = made(LOSSES[name])
-    torch.testing.assert_close(exact(case).value, right(case), **ALGEBRA)
+    found = exact(case)
+    torch.testing.assert_close(found.value, right(case), **ALGEBRA)
+    assert found.products == PASSES.get(name, found.products)
 
 
 def test_log_probabilities_curve_as_logits_do() -> None:
@@ -226,6 +233,12 @@ def test_batches_make_one_matrix(reduction: Any) -> None:
     assert found.products == 2 * expected.products
 
 
+def test_draws_differ_from_batch_to_batch() -> None:
+    model, loss_fn, (x, y) = made(APART["Linear"])
+    matrix = fisher(model, loss_fn, [(x, y), (x, y)], fisher_type="sampled", seed=3)
+    torch.testing.assert_close(matrix.diagonal(method="exact").value, matrix.dense().diagonal(), **ALGEBRA)
+
+
 def test_half_precision_is_computed_in_float32() -> None:
     case = made(APART["Linear"])
     model = copy.deepcopy(case.model).to(torch.bfloat16)
@@ -238,6 +251,7 @@ def test_auto_is_exact_where_that_is_cheap() -> None:
     case = made(MIXED["BatchNorm, training"][0])
     matrix, passes = ggn(*case), MIXED["BatchNorm, training"][1]
     assert matrix.diagonal().method == "exact" and matrix.diagonal().products == passes
+    assert matrix.diagonal(max_products=passes).products == passes
     assert matrix.diagonal(max_products=passes - 1, rtol=10.0).products < passes
     estimate = matrix.diagonal(method="bekas", rtol=0.5)
     assert estimate.error.any()

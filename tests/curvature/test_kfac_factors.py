@@ -13,7 +13,7 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
 import oracles
-from hesse.curvature import ggn, kfac
+from hesse.curvature import fisher, ggn, kfac
 from hesse.curvature.factored import KroneckerFactored
 from hesse.curvature.layers import Form, Lookups, rows_of
 from hesse.curvature.output import output_curvature
@@ -169,10 +169,16 @@ def test_factors_of_a_grouped_convolution(variant: Any) -> None:
         torch.testing.assert_close(found.g[group], G, **ALGEBRA)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["a layer called three times", "GRU", "LSTM, packed", "MultiheadAttention, packed in parts", "Embedding, padding"],
+SEVERAL = (
+    "a layer called three times",
+    "GRU",
+    "LSTM, packed",
+    "MultiheadAttention, packed, whole and in parts",
+    "Embedding, padding",
 )
+
+
+@pytest.mark.parametrize("name", SEVERAL)
 def test_factors_of_several_uses_and_of_parts(name: str) -> None:
     """Outer products, one row of one use after the other."""
     case = made(APART[name])
@@ -238,6 +244,13 @@ def test_many_draws_are_as_many_seeds() -> None:
     assert torch.equal(kfac(*case, seed=1).dense(), kfac(*case, seed=1).dense())
 
 
+def test_the_squares_of_a_draw_are_those_of_single_examples() -> None:
+    """EKFAC's eigenvalues add up to the trace of the Fisher matrix of the same labels."""
+    case = made(APART["Linear"])
+    expected = fisher(*case, fisher_type="sampled", seed=4).dense().trace()
+    torch.testing.assert_close(kfac(*case, ekfac=True, seed=4).trace().value, expected, **ALGEBRA)
+
+
 def test_empirical() -> None:
     """One pass a term, of the data's own gradients."""
     case = made(APART["Linear"])
@@ -267,17 +280,15 @@ def test_batches_are_one_batch(name: str, reduction: Any, ekfac: bool) -> None:
 
 
 class Routed(nn.Module):
-    """Different layers for different batches; with ``by_hand``, one layer in two ways."""
+    """Different layers for different batches, or one layer in another way."""
 
-    def __init__(self, by_hand: bool = False) -> None:
+    def __init__(self, other: Callable[[Any, Tensor], Tensor] = lambda model, x: model.b(x)) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
-        self.by_hand = by_hand
+        self.other = other
 
     def forward(self, x: Tensor) -> Tensor:
-        if x[0, 0] > 0:
-            return self.a(x)
-        return x @ self.a.weight.T if self.by_hand else self.b(x)
+        return self.a(x) if x[0, 0] > 0 else self.other(self, x)
 
 
 def test_layers_that_some_batches_do_not_use() -> None:
@@ -290,8 +301,10 @@ def test_layers_that_some_batches_do_not_use() -> None:
         torch.testing.assert_close(
             found.block(f"{weight}.*").dense(), alone.block(f"{weight}.*").dense() / 2, **ALGEBRA
         )
-    with pytest.raises(ValueError, match=r"uses 'a[.]weight' in one way in some batches"):
-        factors(Problem(Routed(by_hand=True).double(), F.mse_loss, batches))
+    by_hand, without_bias = (lambda model, x: x @ model.a.weight.T), (lambda model, x: F.linear(x, model.a.weight))
+    for other in (by_hand, without_bias):
+        with pytest.raises(ValueError, match=r"uses 'a[.]weight' in one way in some batches"):
+            factors(Problem(Routed(other).double(), F.mse_loss, batches))
 
 
 def _rank(rank: int, folder: str) -> None:

@@ -99,9 +99,9 @@ def test_vectors_columns_and_names(ekfac: bool) -> None:
     assert operator.psd and operator.symmetric and list(operator.layout.shapes) == list(objective(*case).params)
 
 
-def test_blocks() -> None:
-    case = made(APART["LayerNorm"])
-    operator = factors(case)
+@pytest.mark.parametrize("ekfac", [False, True])
+def test_blocks(ekfac: bool) -> None:
+    operator = factors(made(APART["LayerNorm"]), ekfac=ekfac)
     dense, rows = operator.dense(), operator.layout.slices
     for pattern, kind in (
         ("layer.*", KroneckerFactored),
@@ -128,6 +128,8 @@ def test_eigenpairs(which: str, ekfac: bool) -> None:
     torch.testing.assert_close(pairs.values, expected, **ALGEBRA)
     torch.testing.assert_close(dense @ pairs.vectors, pairs.vectors * pairs.values, **ALGEBRA)
     assert pairs.converged and pairs.products == 0
+    rest = operator.eigsh(2, which=which, deflate=pairs.vectors[:, :1], rtol=1e-9)
+    torch.testing.assert_close(rest.values[0], pairs.values[1], rtol=1e-6, atol=1e-8)  # iterated, bounds of 1e-9
     with pytest.raises(ValueError, match="which must be"):
         operator.eigsh(2, which="largest")
     with pytest.raises(ValueError, match="k must be between 1"):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hesse.curvature.examples import Examples, by_example, leading
-from hesse.curvature.layers import Entries, Lookups, Rows, rows_of
+from hesse.curvature.layers import Entries, Lookups, Rows, rows_of, wide
 from hesse.curvature.passes import Share
 from hesse.curvature.uses import Use
 
@@ -25,10 +25,10 @@ __all__ = ["Collector", "Found", "Piece", "collect"]
 Piece = Rows | Lookups | Entries
 Found = Sequence[tuple[Use, dict[str, Piece]]]  # what some columns give at some uses; g are [K, B, T, ..]
 
-KEPT = {True: 2**18, False: 2**26}  # elements of gradients kept side by side, on a CPU (a cache full) and elsewhere
-CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
-PATCHES = 2**25  # elements of one convolution's patches that are kept between columns
+ON_CPU, ELSEWHERE = 2**18, 2**26  # elements of gradients that are kept side by side: on a CPU what fills a cache
 BATCHED = 2**14  # on a CPU a batched pass saves calls only: with more elements a column it is slower than a loop
+PATCHES = 2**26  # elements of convolutions' patches that are kept from one column to the next
+CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 class Collector(Protocol):
@@ -57,7 +57,7 @@ def _send_back(share: Share, columns: Iterable[Tensor]) -> Iterator[list[Tensor 
     if share.sent is not None:
         yield [None if g is None else g.reshape(1, *shape) for g, shape in zip(share.sent, shapes, strict=True)]
         columns = islice(columns, 1, None)
-    while some := list(islice(columns, max(1, KEPT[on_cpu] // size))):
+    while some := list(islice(columns, max(1, (ON_CPU if on_cpu else ELSEWHERE) // size))):
         block = torch.stack(some)
         block = block[block.reshape(len(block), -1).any(1)]  # the others belong to terms that do not count
         if len(block) > 1 and batched:
@@ -82,7 +82,8 @@ def collect(share: Share, columns: Iterable[Tensor], collectors: Mapping[str, Co
         columns: shaped like the outputs of the batch.
         collectors: by name of a parameter; others of the share are passed over.
     """
-    readers = [_Reader(share.run.uses[i], place) for i, place in share.places.items()]
+    room = _Room(PATCHES)
+    readers = [_Reader(share.run.uses[i], place, room) for i, place in share.places.items()]
     for grads in _send_back(share, columns):
         found = [(read.use, read(g)) for read, g in zip(readers, grads, strict=False) if g is not None]
         direct = dict(zip(share.loose, grads[len(readers) :], strict=True))
@@ -94,17 +95,30 @@ def collect(share: Share, columns: Iterable[Tensor], collectors: Mapping[str, Co
                 collector.add(found)
 
 
+class _Room:
+    """How many elements more may be kept."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+    def take(self, size: int) -> bool:
+        enough = size <= self.left
+        self.left -= size if enough else 0
+        return enough
+
+
 class _Reader:
     """:func:`hesse.curvature.layers.rows_of` for what columns send back to one use, some columns at a time."""
 
-    def __init__(self, use: Use, examples: Examples | None) -> None:
+    def __init__(self, use: Use, examples: Examples | None, room: _Room) -> None:
         self.use = use
         self.examples = examples
+        self.room = room
         self.inputs: Tensor | None = None
 
     def __call__(self, grads: Tensor) -> dict[str, Piece]:
         """The pieces for ``grads`` [K, *shape], with K in front of g [K, B, T, ..]; a [B, T, G, n] is of no column."""
-        use = self.use
+        use, grads = self.use, wide(grads)
         if self.inputs is not None and use.weight is not None:
             # The inputs are the same for every column, and the patches of a convolution cost more than all the rest.
             if use.operation is not F.linear:
@@ -122,9 +136,12 @@ class _Reader:
 
         columns = torch.vmap(one)(grads) if len(grads) > 1 else {name: g[None] for name, g in one(grads[0]).items()}
         piece = found.get(use.weight or "")
-        if use.operation in (F.linear, *CONVOLUTIONS) and isinstance(piece, Rows) and piece.a.numel() <= PATCHES:
+        if isinstance(piece, Rows) and (use.operation is F.linear or self._fits(piece)):
             self.inputs = piece.a
         return {name: _with(piece, columns[name]) for name, piece in found.items()}
+
+    def _fits(self, rows: Rows) -> bool:
+        return self.use.operation in CONVOLUTIONS and self.room.take(rows.a.numel())
 
 
 def _of(piece: Piece) -> Tensor:

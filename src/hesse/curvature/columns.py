@@ -101,9 +101,9 @@ def _rows(outputs: Tensor, curvature: OutputCurvature) -> int:
 
 def _mixed(rows: int, number: int, columns: Callable[[], Iterator[Tensor]]) -> Columns:
     """A few columns turned so that the first is a sum of all with random signs; the sum of squares stays the same."""
-    if number > MIXED:
+    if number > MIXED or not (held := list(columns())):
         return Columns(rows, number, columns)
-    block = torch.stack(list(columns()))
+    block = torch.stack(held)
     signs = torch.randint(2, (len(block),), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     w = -signs / len(block) ** 0.5  # I - 2 w w' / w'w, with w = e_0 - signs / sqrt(K), takes e_0 there
     w[0] += 1

@@ -7,8 +7,8 @@ allowed. For a network of linear layers it is BackPACK's ``DiagGGNExact`` (Dange
 matrix product a layer in place of one a layer and class.
 
 Cost, in backward passes of the activations: as many as a term has outputs, times the terms of an example. A parameter
-behind batch norm in training mode costs that for every example. Parameters that belong to no layer (positional
-embeddings, free scales) cost one small forward and backward pass an example.
+in front of batch norm in training mode costs that for every example. Parameters that are read in no layer's rows
+(positional embeddings, free scales, weight norm) cost it once more, and a forward pass of each example alone.
 """
 
 from __future__ import annotations

@@ -146,8 +146,10 @@ class KroneckerFactored(LinearOperator):
         _positive(damping)
         return _exact((self._spectrum + damping).log().sum())
 
-    def eigsh(self, k: int = 6, *, which: str = "LA", **options: Any) -> Eigenpairs:
-        """The k outermost eigenpairs, in the order of :func:`hesse.linalg.eigsh`; nothing is iterated."""
+    def eigsh(self, k: int = 6, *, which: str = "LA", deflate: Tensor | None = None, **options: Any) -> Eigenpairs:
+        """The k outermost eigenpairs, ordered as by :func:`hesse.linalg.eigsh`, which is asked only to ``deflate``."""
+        if deflate is not None:
+            return super().eigsh(k, which=which, deflate=deflate, **options)
         if which not in ("LA", "SA", "LM", "BE"):
             raise ValueError(f'which must be "LA", "SA", "LM" or "BE"; got {which!r}.')
         if not 1 <= k <= self.shape[0]:
@@ -158,7 +160,8 @@ class KroneckerFactored(LinearOperator):
         vectors = torch.stack([self._rows.flatten(self._eigenvector(int(i))) for i in chosen], dim=1)
         values = spectrum[chosen]
         rounding = 16 * torch.finfo(self.dtype).eps * spectrum.max().expand(k)
-        return Eigenpairs(values.to(self.dtype), vectors, rounding.to(self.dtype), rounding.to(self.dtype), True, 0)
+        bounds = rounding.to(self.dtype)
+        return Eigenpairs(values.to(self.dtype), vectors, bounds, bounds, converged=True, products=0)
 
     def solve(self, b: Tensor | Mapping[str, Tensor], *, damping: float = 0.0, **options: Any) -> Solution:
         """``(B + damping I) x = b`` by :func:`hesse.linalg.solve`, whom the exact inverse leads there at once."""

@@ -46,7 +46,7 @@ class Squares:
         self.rows: dict[tuple[int, int], tuple[Use, RowSquares]] = {}
 
     def add(self, found: Found) -> None:
-        """What some columns give at the uses, as a :class:`Reader` read it."""
+        """What some columns give at the uses."""
         pieces = [(use, pieces[self.name]) for use, pieces in found if self.name in pieces]
         rows = [piece for _, piece in pieces if isinstance(piece, Rows)]
         entries = [piece for _, piece in pieces if isinstance(piece, Entries)]

@@ -13,7 +13,8 @@ of a multiple eigenvalue. So when the values are right but for that, the search 
 the basis. If that had left out an eigenvector u of a value tau beyond the limits that the gaps need, the steps
 from r would tell how much of u is in r at the most: ``(u'r)^2 <= 1 / sum_j p_j(tau)^2`` with p_j their Lanczos
 polynomials (the Christoffel function). A random vector holds less than that by chance with a probability that is
-known, and falls tenfold every step or two; when it is below ``1/100`` the search ends.
+known, and falls tenfold every step or two; when it is below ``1/100`` the search ends. What the steps do find joins the
+Ritz values, and both questions are asked again.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Eigenpairs:
     Args:
         values: [k].
         vectors: [n, k].
-        residuals: ``||A v - lambda v||`` [k]: an eigenvalue lies within it.
+        residuals: ``||A v - lambda v||`` [k], or a little more: an eigenvalue lies within it, converged or not.
         bounds: [k], how far each value may be from the eigenvalue in its place: the residual, or about its square over
             the gap to the rest of the spectrum, which is known with a probability of 99 in 100 where ``converged``.
         converged: whether every bound is as small as asked for, and no other eigenvalue is where it could not be seen.
@@ -139,7 +140,8 @@ def _search(run: Lanczos, k: int, which: str, rtol: float, atol: float, limit: i
         shown = {side: tau for side, tau in limits.items() if side > 0 or tau < 0 or not run.A.psd}
         moved = turned is not None and bool(((theta[wanted] - settled).abs() > allowed).any())
         if moved or (begin is not None and not _within(run, begin, shown)):
-            turned = begin = None  # something was there: once that is right, another random vector has to confirm it
+            # Something was there: once that is right, another random vector has to confirm it.
+            turned, begin, missed = None, None, 1.0
         chance = _chance(run, begin, shown)
         # Where the spectrum is dense beyond the limits, that takes long: as many products again as it took to get here,
         # or two bases full, are enough in any case.

@@ -151,12 +151,15 @@ def _solve(damped: Damped, b: Tensor, rtol: float, limit: int) -> tuple[Tensor, 
         after = norm(left) / size[open_]
         for j, (i, now) in enumerate(zip(open_, after.tolist(), strict=True)):
             before = float(residual[i])
-            if now <= before:
+            # The residual of conjugate gradients may rise while the error falls.
+            if now <= before or (recursion is ConjugateGradients and before == 1 and math.isfinite(now)):
                 x[:, i], r[:, i], residual[i] = step[:, j], left[:, j], now
             if now <= rtol:
                 reports[i] = CONVERGED
             elif not math.isfinite(now):
                 reports[i], residual[i] = NOT_FINITE, math.nan
+            elif found[j] == LEAST_SQUARES:
+                reports[i] = RUNNING if now < 0.9 * before else LEAST_SQUARES
             elif found[j] != CONVERGED:
                 reports[i] = found[j]
             elif now > 0.5 * before:

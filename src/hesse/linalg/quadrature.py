@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hesse.linalg.estimate import FIRST, Estimate
-from hesse.linalg.lanczos import Lanczos, LinAlgError, check_finite, require_symmetric
+from hesse.linalg.lanczos import Lanczos, LinAlgError, check_finite, require_symmetric, working_dtype
 from hesse.linalg.sampling import Probes, student
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ def logdet(
     (Golub and Meurant, 2010), and the value is their mean; else it is judged by what the last steps have changed.
 
     Args:
-        A: n x n, symmetric. If n is small it is multiplied out, and the value exact.
+        A: n x n, symmetric. If n is small it is multiplied out, and the error is that of rounding alone, which counts
+            where the damping is below it.
         damping: not negative.
         rtol, atol: draw until the error is below ``rtol |value| + atol``. A log-determinant may be near zero:
             give ``atol`` where it may.
@@ -175,7 +176,7 @@ def logdet(
         raise ValueError(f"a standard error needs at least {4 * FIRST} products; got max_products={max_products}.")
     n = A.shape[0]
     if n <= min(20 * FIRST, max_products):
-        return _exact(A, damping, 0)
+        return _exact(A, damping, (rtol, atol), 0)
     probes = Probes(A, seed)
     samples = torch.zeros(0, dtype=torch.float64)
     margins = torch.zeros(0, dtype=torch.float64)
@@ -183,6 +184,8 @@ def logdet(
     while True:
         for k in _groups(A, wanted, 64):
             most = min(n, (max_products - products) // k)
+            if not most:
+                break
             spent, values, left = _quadrature(A, damping, probes, k, most, (rtol, atol))
             samples, margins = torch.cat([samples, values]), torch.cat([margins, left])
             products += spent
@@ -194,11 +197,11 @@ def logdet(
         converged = float(error) <= allowed
         each = -(-products // count)
         room = (max_products - products) // each
+        need = math.ceil(min(count * 1.1 * (float(error) / max(allowed, 1e-300)) ** 2, 1e9)) - count
+        if not converged and n <= min(need * each, max_products - products):
+            return _exact(A, damping, (rtol, atol), products)
         if converged or room == 0 or float(margins.mean()) > float(noise):  # more vectors would not help
             return Estimate(value, error, products, converged, "lanczos")
-        need = math.ceil(count * (1.1 * (float(noise) / max(allowed, 1e-100)) ** 2 - 1))
-        if n <= min(need * each, max_products - products):
-            return _exact(A, damping, products)
         wanted = min(room, max(need, count // 4), count)
 
 
@@ -212,25 +215,27 @@ def _quadrature(
         allowed: (rtol, atol); a tenth of it may be left over.
     """
     rtol, atol = allowed
+    n = A.shape[0]
     run = Lanczos(A, probes.signs(k), most + 1, probes.generator)
-    values: Tensor | None = None
+    before = torch.full((k,), math.inf, dtype=torch.float64)
     while True:
         for _ in range(min(5, most - run.length)):
             run.step()
             if run.complete:
                 break
+        nodes, weights = _gauss(run)
+        logs, rounding = _logs(A, nodes, damping)
+        values = n * (weights * logs).sum(1)
+        margins = (values - before).abs()
         before = values
-        values = _log_sum(A, *_gauss(run), damping)
         if run.complete:
-            margins = torch.zeros(k, dtype=torch.float64)
+            margins = torch.zeros_like(values)
         elif A.psd and damping > 0:
-            below = _log_sum(A, *_radau(run), damping)
-            margins = 0.5 * (values - below).abs()
-        else:
-            margins = torch.full((k,), math.inf, dtype=torch.float64) if before is None else (values - before).abs()
-        if margins.mean() <= 0.1 * (rtol * values.mean().abs() + atol) or run.length == most or run.complete:
-            value = 0.5 * (values + below) if A.psd and damping > 0 and not run.complete else values
-            return run.products, value, margins
+            nodes, others = _radau(run)
+            below = n * (others * _logs(A, nodes, damping)[0]).sum(1)
+            margins, values = 0.5 * (values - below).abs(), 0.5 * (values + below)
+        if margins.mean() <= 0.1 * (rtol * values.mean().abs() + atol) or run.complete or run.length == most:
+            return run.products, values, margins + n * (weights * rounding).sum(1)
 
 
 def _gauss(run: Lanczos) -> tuple[Tensor, Tensor]:
@@ -255,12 +260,8 @@ def _radau(run: Lanczos) -> tuple[Tensor, Tensor]:
     return nodes, vectors[:, 0].square()
 
 
-def _log_sum(A: LinearOperator, nodes: Tensor, weights: Tensor, damping: float) -> Tensor:
-    """``n sum_j w_j log(node_j + damping)`` of each rule."""
-    return A.shape[0] * (weights * _log(A, nodes, damping)).sum(-1)
-
-
-def _log(A: LinearOperator, nodes: Tensor, damping: float) -> Tensor:
+def _logs(A: LinearOperator, nodes: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """``log(node + damping)``, and how far rounding of the products may move it."""
     if A.psd:
         nodes = nodes.clamp_min(0)  # negative by rounding only
     lowest = float(nodes.min())
@@ -269,12 +270,15 @@ def _log(A: LinearOperator, nodes: Tensor, damping: float) -> Tensor:
             f"the operator has no log-determinant with damping {damping}: a value of its spectrum is {lowest:.6g}, so "
             f"the damped operator is not positive definite. Give a damping of more than {abs(lowest):.6g} at the least."
         )
-    return (nodes + damping).log()
+    rounding = 4 * torch.finfo(working_dtype(A)).eps * nodes.abs().max()
+    return (nodes + damping).log(), torch.log1p(rounding / (nodes + damping))
 
 
-def _exact(A: LinearOperator, damping: float, products: int) -> Estimate:
-    value = _log(A, _eigenvalues(A), damping).sum()
-    return Estimate(value, torch.zeros_like(value), products + A.shape[0], True, "exact")
+def _exact(A: LinearOperator, damping: float, allowed: tuple[float, float], products: int) -> Estimate:
+    logs, rounding = _logs(A, _eigenvalues(A), damping)
+    value, error = logs.sum(), rounding.sum()
+    converged = float(error) <= allowed[0] * abs(float(value)) + allowed[1]
+    return Estimate(value, error, products + A.shape[0], converged, "exact")
 
 
 def _eigenvalues(A: LinearOperator) -> Tensor:

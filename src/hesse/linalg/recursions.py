@@ -50,8 +50,9 @@ class Damped:
     ) -> None:
         self.A = A
         self.damping = damping
-        # Residuals on eigenvalues below this share of the largest are not worked on: A is singular to that precision.
-        self.flat = max(0.01 * rtol, 100 * torch.finfo(working_dtype(A)).eps)
+        # Where ||A r|| is below this share of ||A|| ||r||, the recursion of MINRES has lost its digits: measured on
+        # singular systems, x grows without bound from there on. A restart shows whether more can be had.
+        self.flat = max(0.01 * rtol, math.sqrt(torch.finfo(working_dtype(A)).eps))
         self.preconditioner = preconditioner
         self.steps = 0
         self.scale = 0.0  # the largest ||A v|| / ||v|| met
