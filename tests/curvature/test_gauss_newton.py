@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hesse.curvature import fisher, ggn
+from hesse.curvature import fisher, ggn, hessian
 from hesse.curvature.jacobian import JACOBIANS
 from hesse.objective import Objective
 from oracles import gauss_newton, jacobian
@@ -165,3 +165,28 @@ def test_the_jacobian_oracle_is_not_the_product_under_test() -> None:
     operator, objective, _ = pair("mlp, squared error")
     j = jacobian(objective)
     torch.testing.assert_close(operator.dense(), 2 * j.T @ j / len(j), **ALGEBRA)
+
+
+class TiedTokens(nn.Module):
+    """The head is the embedding, whose padding row is a class like the others there and a constant before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4, padding_idx=0)
+        nn.init.normal_(self.embedding.weight)
+        self.head = nn.Linear(4, 5)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embedding(x).tanh().mean(1))
+
+
+@pytest.mark.parametrize("mode", ["double-backward", "forward"])
+def test_a_tied_padding_row(mode: str) -> None:
+    torch.manual_seed(0)
+    model, x = TiedTokens().double(), torch.randint(5, (8, 3))
+    batch = x, x[:, 0]
+    operator = ggn(model, F.cross_entropy, batch, mode=mode)
+    torch.testing.assert_close(operator.dense(), gauss_newton(Objective(model, F.cross_entropy, *batch)), **ALGEBRA)
+    dense = hessian(model, F.cross_entropy, batch).dense()
+    torch.testing.assert_close(dense, dense.T, **ALGEBRA)

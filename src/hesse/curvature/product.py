@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from hesse.curvature.culprit import DerivativeError
 from hesse.objective import Objective
+from hesse.objective.kernels import is_tied
 from hesse.tree import Params
 
 __all__ = ["Builder", "Product", "differentiable", "gradients", "hold_padding", "points", "working"]
@@ -58,14 +59,17 @@ def points(objective: Objective) -> Params:
     return {name: p.detach().requires_grad_() if p._backward_hooks else p for name, p in objective.params.items()}
 
 
-def hold_padding(model: nn.Module, v: Params) -> Params:
+def hold_padding(model: nn.Module, v: Params, *, tied: bool = False) -> Params:
     """``v`` with zeros where autograd holds a parameter still: the row of an embedding's ``padding_idx``.
 
-    Its gradient is dropped, yet the loss depends on it: moved along, the row would make the product unsymmetric.
+    Its gradient is dropped, yet the loss depends on it: moved along, the row would make the product unsymmetric. A row
+    that a tied weight moves all the same is dealt with in :mod:`hesse.objective.kernels`, and held only if ``tied``.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            if is_tied(model, module) and not tied:
+                continue
             name = names.get(id(module.weight), "")
             if name in v:
                 v[name] = v[name].index_fill(-2, torch.tensor(module.padding_idx, device=v[name].device), 0.0)

@@ -135,7 +135,7 @@ def _wrong(
     for attempt, step in enumerate(STEPS):
         params = points(objective) if attempt == 0 else _nearby(objective)
         product, transposed = both_ways(objective, params)
-        v = hold_padding(objective.model, _direction(params, attempt))
+        v = hold_padding(objective.model, _direction(params, attempt), tied=True)
         found = product(v)
         wrong = _disagreement(found, _difference(exact, params, v, values, step))
         if not wrong or not tree.is_finite(found):  # a kink makes differences jump, never a product NaN
