@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hesse import tree
-from hesse.tree import Layout
 from tolerances import ROUNDING
 
 
@@ -160,75 +159,3 @@ def test_a_layout_is_restricted_in_its_own_order() -> None:
     part = LAYOUT.restrict(["b.bias", "b.weight"])
     assert part == tree.Layout({"b.weight": torch.Size([2, 3]), "b.bias": torch.Size([1])})
     assert part.slices["b.bias"] == slice(6, 7)
-
-
-def test_a_layout_is_the_order_of_the_concatenated_vector() -> None:
-    x = random_tree(0)
-    layout = Layout.of(x)
-    assert layout.shapes == {name: value.shape for name, value in x.items()}
-    assert layout.size == 12 + 2 + 1 + 0
-    assert list(layout.slices.items()) == [
-        ("weight", slice(0, 12)),
-        ("größe", slice(12, 14)),
-        ("scalar", slice(14, 15)),
-        ("empty", slice(15, 15)),
-    ]
-    assert torch.equal(layout.flatten(x), flat(x))
-    assert torch.equal(layout.flatten(dict(reversed(x.items()))), flat(x))  # by name, not by order
-    for name, value in layout.split(flat(x)).items():
-        assert torch.equal(value, x[name])
-        assert value.shape == x[name].shape
-
-
-@pytest.mark.parametrize("k", [0, 1, 3])
-def test_columns_come_last(k: int) -> None:
-    columns = [random_tree(seed) for seed in range(k)]
-    layout = Layout.of(random_tree(0))
-    block = torch.stack([flat(x) for x in columns], dim=1) if k else torch.zeros(15, 0, dtype=torch.float64)
-    named = layout.split(block)
-    assert {name: value.shape for name, value in named.items()} == {n: (*s, k) for n, s in layout.shapes.items()}
-    for i, x in enumerate(columns):
-        assert all(torch.equal(named[name][..., i], value) for name, value in x.items())
-    assert torch.equal(layout.flatten(named), block)
-
-
-def test_parts_are_views() -> None:
-    layout = Layout.of(random_tree(0))
-    v = torch.zeros(layout.size)
-    layout.split(v)["größe"].fill_(1)
-    assert v.sum() == 2
-
-
-def test_tensors_of_other_names_or_shapes_are_refused() -> None:
-    x = random_tree(0)
-    layout = Layout.of(x)
-    with pytest.raises(ValueError, match=r"missing \['weight'\], unknown \['bias'\]"):
-        layout.flatten({("bias" if name == "weight" else name): value for name, value in x.items()})
-    with pytest.raises(ValueError, match=r"'weight' must have shape \[3, 4\]; got \[4, 3\]"):
-        layout.flatten({**x, "weight": x["weight"].T})
-    with pytest.raises(ValueError, match=r"'größe' must have shape \[2, 5\]; got \[2\]"):
-        layout.flatten({**x, "weight": torch.ones(3, 4, 5)})
-
-
-def test_names_are_matched_by_patterns() -> None:
-    names = ["encoder.0.weight", "encoder.0.bias", "encoder.1.weight", "head.weight", "Head.bias"]
-    layout = Layout({name: torch.Size([i]) for i, name in enumerate(names)})
-    assert layout.match("encoder.*") == names[:3]
-    assert layout.match(["head.*", "*.0.*"]) == ["encoder.0.weight", "encoder.0.bias", "head.weight"]  # our order
-    assert layout.match("encoder.[01].weight") == ["encoder.0.weight", "encoder.1.weight"]
-    assert layout.match("head.weight") == ["head.weight"]  # and no Head: case counts
-    with pytest.raises(ValueError, match=r"like 'decoder\.\*'. The names are: encoder.0.weight, .*Head.bias\."):
-        layout.match("decoder.*")
-    with pytest.raises(ValueError, match="like \\[\\]"):
-        layout.match([])
-    many = Layout({f"layer{i}": torch.Size([1]) for i in range(30)})
-    with pytest.raises(ValueError, match=r"layer19 and 10 more\."):
-        many.match("head")
-
-
-def test_a_part_of_a_layout_keeps_the_order() -> None:
-    layout = Layout.of(random_tree(0))
-    part = layout.restrict(["scalar", "weight"])
-    assert list(part.shapes) == ["weight", "scalar"]
-    assert part.size == 13
-    assert part.slices == {"weight": slice(0, 12), "scalar": slice(12, 13)}

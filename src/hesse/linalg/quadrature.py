@@ -197,7 +197,7 @@ def logdet(
         converged = float(error) <= allowed
         each = -(-products // count)
         room = (max_products - products) // each
-        need = math.ceil(min(count * 1.1 * (float(error) / max(allowed, 1e-300)) ** 2, 1e9)) - count
+        need = math.ceil(min(count * 1.1 * (float(error) / max(allowed, 1e-100)) ** 2, 1e9)) - count
         if not converged and n <= min(need * each, max_products - products):
             return _exact(A, damping, (rtol, atol), products)
         if converged or room == 0 or float(margins.mean()) > float(noise):  # more vectors would not help
