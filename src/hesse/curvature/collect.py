@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hesse.curvature.examples import Examples, by_example, leading
-from hesse.curvature.layers import Entries, Lookups, Rows, rows_of, wide
+from hesse.curvature.layers import CONVOLUTIONS, Entries, Lookups, Rows, rows_of, wide
 from hesse.curvature.passes import Share
 from hesse.curvature.uses import Use
 
@@ -28,7 +28,6 @@ Found = Sequence[tuple[Use, dict[str, Piece]]]  # what some columns give at some
 ON_CPU, ELSEWHERE = 2**18, 2**26  # elements of gradients that are kept side by side: on a CPU what fills a cache
 BATCHED = 2**14  # on a CPU a batched pass saves calls only: with more elements a column it is slower than a loop
 PATCHES = 2**26  # elements of convolutions' patches that are kept from one column to the next
-CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 class Collector(Protocol):

@@ -21,7 +21,7 @@ from hesse.curvature.product import differentiable, gradients
 from hesse.objective import Objective
 from hesse.tree import Params
 
-__all__ = ["JACOBIANS", "Jacobian", "JacobianOf", "jvp"]
+__all__ = ["JACOBIANS", "Jacobian", "JacobianOf", "jvp", "secant"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,35 @@ def jvp(objective: Objective, direction: Params) -> Tensor:
             outputs = objective.outputs(params)
         (tangent,) = double_backward(objective, params, outputs).apply(direction)
     return tangent
+
+
+def secant(objective: Objective, outputs: Tensor, direction: Params) -> Tensor:
+    """``J v`` from one more forward pass, ``(z(x + h v) - z(x)) / h``: a third of the time of :func:`jvp`.
+
+    The step h moves the parameters by ``sqrt(eps) / 2`` of their length, where truncation and rounding of smooth
+    networks balance: three to four digits of a product in float32. Kernels of less precision than their outputs
+    (autocast, TF32) have none left; whoever uses this compares with :func:`jvp` now and then.
+
+    Args:
+        outputs: z(x), computed by the very kernels that ``objective.outputs`` uses.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> objective = Objective(model, torch.nn.functional.mse_loss, torch.tensor([[3.0, 4.0]]), torch.zeros(1, 1))
+        >>> outputs = objective.outputs(objective.params).detach()
+        >>> round(secant(objective, outputs, {"weight": torch.tensor([[1.0, 1.0]])}).item(), 1)
+        7.0
+    """
+    params = {name: p.detach() for name, p in objective.params.items()}
+    size, length = (torch.stack(torch._foreach_norm(list(x.values()))).norm().item() for x in (params, direction))
+    if length == 0.0:
+        return torch.zeros_like(outputs)
+    step = 0.5 * torch.finfo(outputs.dtype).eps ** 0.5 * max(size, 1e-3) / length
+    names = list(direction)
+    moved = torch._foreach_add([params[name] for name in names], [direction[name] for name in names], alpha=step)
+    with torch.enable_grad():  # a model may differentiate its own network on the way forward
+        there = objective.outputs({**params, **dict(zip(names, moved, strict=True))}).detach()
+    return (there - outputs) / step
 
 
 def _tangents(objective: Objective, params: Params, v: Params) -> list[Tensor]:

@@ -9,20 +9,17 @@ that of a grouped convolution, has a block for each: the factors then carry that
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from hesse.linalg import damped_inverse
 
-__all__ = ["KroneckerInverse", "apply_inverse", "invert"]
+__all__ = ["KroneckerInverse", "apply_inverse", "invert", "split_damping"]
 
 
-@dataclass(frozen=True)
-class KroneckerInverse:
-    """``a`` [n, n], [G, n, n] or [n] and ``g`` [m, m] or [G, m, m], the inverses of the damped factors, and the
-    effective dimension.
+class KroneckerInverse(NamedTuple):
+    """The inverses of the damped factors, shaped as the factors, and the effective dimension of each block, [] or [K].
 
     The effective dimension is ``tr((A (x) G) (A (x) G damped)^{-1})``: how many directions of W have more curvature
     than damping. It falls out of the inverses: with damping d, ``tr(A (A + d I)^{-1}) = n - d tr (A + d I)^{-1}``.
@@ -30,67 +27,47 @@ class KroneckerInverse:
 
     a: Tensor
     g: Tensor
-    effective_dimension: float
+    rank: Tensor
 
 
 def invert(factor_a: Tensor, factor_g: Tensor, damping: float) -> KroneckerInverse | None:
     """The damped inverse of ``factor_a (x) factor_g``; None if it has none in float64 (see :func:`damped_inverse`).
 
     Args:
-        factor_a: [n, n], [n] for a diagonal, or [G, n, n] for G blocks.
-        factor_g: [m, m], or [G, m, m].
+        factor_a: [n, n], [n] for a diagonal; or [K, n, n] or [K, n] for K blocks, which are dealt with at once.
+        factor_g: [m, m], or [K, m, m].
         damping: added to the eigenvalues of the product, positive; every block splits it by its own pi.
 
     Example:
         >>> import torch
         >>> inverse = invert(torch.eye(2), torch.eye(3), damping=1.0)
-        >>> apply_inverse(inverse.a, inverse.g, torch.ones(3, 2))[0, 0].item(), inverse.effective_dimension
+        >>> apply_inverse(inverse.a, inverse.g, torch.ones(3, 2))[0, 0].item(), inverse.rank.item()
         (0.25, 1.5)
     """
-    if factor_g.ndim == 3:
-        return _invert_blocks(factor_a, factor_g, damping)
-    mean_a = float(_diagonal(factor_a).mean())
-    mean_g = float(_diagonal(factor_g).mean())
-    ratio = mean_a / mean_g if mean_g > 0 else 0.0
-    pi = math.sqrt(ratio) if 0 < ratio < math.inf else 1.0
-    damping_a, damping_g = pi * math.sqrt(damping), math.sqrt(damping) / pi
-    a, g = damped_inverse(factor_a, damping_a), damped_inverse(factor_g, damping_g)
+    diagonal = factor_a.ndim < factor_g.ndim
+    damping_a, damping_g = split_damping(factor_a, factor_g, damping)
+    a = damped_inverse(factor_a, damping_a, diagonal=diagonal)
+    g = damped_inverse(factor_g, damping_g)
     if a is None or g is None:
         return None
-    rank_a = len(a) - damping_a * float(_diagonal(a).sum())
-    rank_g = len(g) - damping_g * float(_diagonal(g).sum())
+    rank_a = a.shape[-1] - damping_a * (a if diagonal else _diagonal(a)).double().sum(-1)
+    rank_g = g.shape[-1] - damping_g * _diagonal(g).double().sum(-1)
     return KroneckerInverse(a, g, rank_a * rank_g)
 
 
+def split_damping(factor_a: Tensor, factor_g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """What is added to the eigenvalues of each factor, [] or [K], float64: their product is ``damping``."""
+    mean_a = (factor_a if factor_a.ndim < factor_g.ndim else _diagonal(factor_a)).double().mean(-1)
+    ratio = mean_a / _diagonal(factor_g).double().mean(-1)
+    pi = ratio.sqrt().where((ratio > 0) & ratio.isfinite(), 1.0)  # a block that saw nothing has none
+    return pi * math.sqrt(damping), math.sqrt(damping) / pi
+
+
 def apply_inverse(a: Tensor, g: Tensor, matrix: Tensor) -> Tensor:
-    """``g @ matrix @ a`` for a matrix [m, n], or [G, m, n] with ``a`` and ``g`` alike; ``a`` may be a diagonal [n]."""
+    """``g @ matrix @ a`` for a matrix [m, n], or [K, m, n] with ``a`` and ``g`` alike; ``a`` may be a diagonal."""
     left = g @ matrix
-    return left * a if a.ndim == 1 else left @ a
+    return left * a[..., None, :] if a.ndim < g.ndim else left @ a
 
 
 def _diagonal(factor: Tensor) -> Tensor:
-    return factor if factor.ndim == 1 else factor.diagonal(dim1=-2, dim2=-1)
-
-
-def _invert_blocks(factor_a: Tensor, factor_g: Tensor, damping: float) -> KroneckerInverse | None:
-    """The same for G blocks, without a loop: a depthwise convolution has hundreds."""
-    a64, g64 = factor_a.double(), factor_g.double()
-    ratio = _diagonal(a64).mean(-1) / _diagonal(g64).mean(-1)
-    pi = ratio.sqrt().where((ratio > 0) & ratio.isfinite(), 1.0)  # a block that saw nothing has none
-    damping_a, damping_g = pi * math.sqrt(damping), math.sqrt(damping) / pi
-    a, g = _damped_inverses(a64, damping_a, factor_a.dtype), _damped_inverses(g64, damping_g, factor_g.dtype)
-    if a is None or g is None:
-        return None
-    rank_a = a.shape[-1] - damping_a * _diagonal(a).sum(-1)
-    rank_g = g.shape[-1] - damping_g * _diagonal(g).sum(-1)
-    return KroneckerInverse(a, g, float((rank_a * rank_g).sum()))
-
-
-def _damped_inverses(matrices: Tensor, damping: Tensor, dtype: torch.dtype) -> Tensor | None:
-    damped = 0.5 * (matrices + matrices.mT)
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if bool(info.any()) or not bool(factor.diagonal(dim1=-2, dim2=-1).isfinite().all()):
-        return None
-    inverse = torch.cholesky_inverse(factor).to(dtype)
-    return inverse if bool(inverse.isfinite().all()) else None
+    return factor.diagonal(dim1=-2, dim2=-1)

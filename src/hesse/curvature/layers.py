@@ -32,6 +32,7 @@ from hesse.curvature.examples import Examples, by_example, leading
 from hesse.curvature.uses import Use
 
 __all__ = [
+    "CONVOLUTIONS",
     "MATRICES",
     "Entries",
     "Form",
@@ -289,12 +290,11 @@ def _scale_and_shift(use: Use, normal: Tensor, g: Tensor, arrange: Arrange) -> F
 
 
 _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-MATRICES = (F.linear, torch.conv1d, torch.conv2d, torch.conv3d, *_TRANSPOSED, F.embedding)
+CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+MATRICES = (F.linear, *CONVOLUTIONS, *_TRANSPOSED, F.embedding)
 _RULES: dict[Callable[..., Any], Callable[[Use, Tensor, Arrange], Found]] = {
     F.linear: _linear,
-    torch.conv1d: _convolution,
-    torch.conv2d: _convolution,
-    torch.conv3d: _convolution,
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
     **dict.fromkeys(_TRANSPOSED, _transposed_convolution),
     F.embedding: _embedding,
     F.layer_norm: _layer_norm,

@@ -8,6 +8,7 @@ update], c = (lr, momentum).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -37,9 +38,15 @@ class QuadraticModel:
     curvature: list[list[float]]
     gram: list[list[float]]
 
-    def minimiser(self, damping: float) -> list[float]:
-        """The coefficients c that minimise the damped model."""
-        return solve_psd(self._matrix(damping), [-value for value in self.slope])
+    def minimiser(self, damping: float, fixed: Sequence[float | None] = ()) -> list[float]:
+        """The coefficients c that minimise the damped model, given those that are ``fixed`` and not None."""
+        matrix = self._matrix(damping)
+        k = len(self.slope)
+        given = [*fixed, *[None] * k][:k]
+        free = [i for i, value in enumerate(given) if value is None]
+        rhs = [-self.slope[i] - sum(matrix[i][j] * (c or 0.0) for j, c in enumerate(given)) for i in free]
+        found = iter(solve_psd([[matrix[i][j] for j in free] for i in free], rhs) if free else [])
+        return [next(found) if value is None else value for value in given]
 
     def value(self, c: Sequence[float], damping: float = 0.0) -> float:
         """The predicted change of the loss, negative where it falls."""
@@ -59,6 +66,7 @@ def quadratic_model(
     product: Callable[[Tensor], Tensor],
     grad: Mapping[str, Tensor],
     directions: Sequence[tree.Params],
+    along: Callable[[tree.Params], Tensor] | None = None,
 ) -> QuadraticModel:
     """The model of ``objective`` around its live parameters on ``directions``.
 
@@ -67,13 +75,16 @@ def quadratic_model(
         product: ``u -> H_L u`` at the outputs (see :func:`hesse.curvature.output_curvature`).
         grad: the gradient.
         directions: k trees of tensors shaped as the parameters.
+        along: ``v -> J v``; by default :func:`hesse.curvature.jacobian.jvp`.
     """
-    outputs = [jvp(objective, direction) for direction in directions]
+    along = along or functools.partial(jvp, objective)
+    outputs = [along(direction) for direction in directions]
     curved = [product(u) for u in outputs]
     rows = [[torch.sum(u * h, dtype=torch.float64) for h in curved] for u in outputs]
-    gram = [[tree.dot(u, v) for v in directions] for u in directions]
-    slope = [tree.dot(v, grad) for v in directions]
     k = len(directions)
-    flat = torch.stack([*slope, *chain(*rows), *chain(*gram)]).tolist()  # one synchronisation
+    dots = {(i, j): tree.dot(directions[i], directions[j]) for i in range(k) for j in range(i + 1)}
+    gram = [dots[max(i, j), min(i, j)] for i in range(k) for j in range(k)]
+    slope = [tree.dot(v, grad) for v in directions]
+    flat = torch.stack([*slope, *chain(*rows), *gram]).tolist()  # one synchronisation
     square = [flat[k + i * k : k + (i + 1) * k] for i in range(2 * k)]
     return QuadraticModel(flat[:k], square[:k], square[k:])

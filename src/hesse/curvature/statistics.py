@@ -14,7 +14,7 @@ independently, E[(J'r)^2] is the diagonal of J' H_L J for a draw r over the whol
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hesse.curvature.examples import guess_examples, lengths
-from hesse.curvature.layers import MATRICES, Entries, Form, Lookups, Rows, form_of, rows_of, wide
+from hesse.curvature.layers import CONVOLUTIONS, MATRICES, Entries, Form, Lookups, Rows, form_of, rows_of, wide
 from hesse.curvature.output import OutputCurvature
 from hesse.curvature.uses import Use, coverage
 
@@ -74,6 +74,8 @@ def statistics(
     outputs: Tensor,
     curvature: OutputCurvature,
     variant: Variant = "expand",
+    patches: int | None = None,
+    draw: Tensor | None = None,
 ) -> Statistics:
     """Curvature statistics by parameter, from one sampled backward pass.
 
@@ -83,6 +85,9 @@ def statistics(
         outputs: with their graph; dimension 0 counts examples.
         curvature: of the loss at the outputs.
         variant: how positions are merged, "expand" or "reduce".
+        patches: about how many patches of a convolution's input are enough for its A ("expand" only); None for all.
+            They are the dearest part: every element of the input comes in as many as the kernel has.
+        draw: what is sent back, by default ``curvature.draw()``.
 
     Returns:
         By name of a weight its :class:`Kronecker` block, which takes in its bias; by name of any other parameter its
@@ -103,7 +108,7 @@ def statistics(
     found = coverage(uses, params, outputs)
     blocks, mixed = find_blocks(uses, params, found.known)
     loose = sorted(found.loose | mixed)
-    r = curvature.draw().to(outputs.dtype)
+    r = (curvature.draw() if draw is None else draw).to(outputs.dtype)
     # None among the gradients: no way leads there, or a custom function on the way passes nothing on.
     wanted: list[Any] = [*(use.edge for use in uses), *(params[name] for name in loose)]
     if not wanted:
@@ -116,7 +121,7 @@ def statistics(
         taken |= {block.weight} | ({block.bias} if block.bias else set())
         pairs = [(uses[i], g) for i in block.uses if (g := grads[i]) is not None]
         if pairs:
-            a, g = factors(block, pairs, variant, batch)
+            a, g = factors(block, pairs, variant, batch, patches)
             result[block.weight] = Kronecker(a, curvature.weight * g, block.form, block.bias)
     for name in sorted(found.known - taken):
         pairs = [(use, g) for use, g in zip(uses, grads, strict=False) if g is not None and name in use.names]
@@ -163,7 +168,11 @@ def find_blocks(
 
 
 def factors(
-    block: Block, pairs: Sequence[tuple[Use, Tensor]], variant: Variant = "expand", batch: int = 1
+    block: Block,
+    pairs: Sequence[tuple[Use, Tensor]],
+    variant: Variant = "expand",
+    batch: int = 1,
+    patches: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The factors A and G of a block from its uses and the gradients at their outputs.
 
@@ -190,14 +199,33 @@ def factors(
                 f"{list(use.x.shape)}, has no dimension, or more than one, that could be the {batch} examples. Use "
                 "variant='expand', which takes positions as examples."
             )
-        row = rows_of(use, g, place)[block.weight]
+        every = _every(use, patches) if variant == "expand" and patches is not None else 1
+        row = rows_of(*_part_of_batch(use, g, every), place)[block.weight]
         assert isinstance(row, Rows)
-        rows.append(_Seen(use, row.a, row.g, row.part))
+        rows.append(_Seen(use, row.a, row.g if every == 1 else _all_rows(use, g), row.part))
     groups, ones = block.form.groups, block.bias is not None
     if all(row.part is None for row in rows):
         return _moments(rows, variant, ones)
     parts = [_moments(_part(rows, i, groups), variant, ones) for i in range(groups)]
     return torch.stack([a for a, _ in parts]), torch.stack([g for _, g in parts])
+
+
+def _every(use: Use, patches: int) -> int:
+    """Of a convolution's batch every which example is enough for so many patches."""
+    return max(1, use.shape[0] * use.shape[2:].numel() // patches) if use.operation in CONVOLUTIONS else 1
+
+
+def _part_of_batch(use: Use, g: Tensor, every: int) -> tuple[Use, Tensor]:
+    if every == 1:
+        return use, g
+    g = g.reshape(use.shape)[::every]
+    return replace(use, x=use.x[::every], shape=g.shape), g
+
+
+def _all_rows(use: Use, g: Tensor) -> Tensor:
+    """The rows g [1, B * T, G, m] of a convolution, without its patches."""
+    rows = wide(g.reshape(use.shape)).movedim(1, -1).flatten(0, -2)
+    return rows.unflatten(-1, (use.options["groups"], -1))[None]
 
 
 class _Seen(NamedTuple):

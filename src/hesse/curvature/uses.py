@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from hesse.curvature.plain import PLAIN, Order
 
-__all__ = ["Coverage", "Use", "coverage", "output_gradients", "watch_uses"]
+__all__ = ["Coverage", "Use", "Uses", "coverage", "output_gradients", "watch_uses"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +76,14 @@ class Coverage(NamedTuple):
     loose: frozenset[str]
 
 
+class Uses(list[Use]):
+    """Uses in the order of their calls; ``rewritten`` says whether a fused operation ran as plain ones on the way."""
+
+    rewritten = False
+
+
 @contextmanager
-def watch_uses(params: Mapping[str, Tensor]) -> Iterator[list[Use]]:
+def watch_uses(params: Mapping[str, Tensor]) -> Iterator[Uses]:
     """Note every use of ``params`` while the context is open and gradients are recorded.
 
     Args:
@@ -168,7 +174,7 @@ class _Watch(TorchFunctionMode):
         self.names = {id(p): name for name, p in params.items() if p.requires_grad}
         self.edges = {_edge(p) for p in params.values() if not p.is_leaf}
         self.params = params  # alive while their ids are compared
-        self.uses: list[Use] = []
+        self.uses = Uses()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -177,6 +183,7 @@ class _Watch(TorchFunctionMode):
         if func in PLAIN and torch.is_grad_enabled() and not _is_saved_elsewhere() and self.concerns((args, kwargs)):
             result = PLAIN[func](self.apply, *args, **kwargs)
             if result is not None:
+                self.uses.rewritten = True
                 return result
         result = func(*args, **kwargs)
         if func in _READERS and isinstance(result, Tensor) and result.requires_grad:

@@ -16,12 +16,13 @@ from torch import Tensor
 __all__ = ["damped_inverse", "solve_psd"]
 
 
-def damped_inverse(matrix: Tensor, damping: float) -> Tensor | None:
+def damped_inverse(matrix: Tensor, damping: float | Tensor, *, diagonal: bool | None = None) -> Tensor | None:
     """``(matrix + damping * I)^{-1}`` of a symmetric positive semidefinite matrix, or None if there is none.
 
     Args:
-        matrix: [n, n], or [n] for a diagonal.
-        damping: added to the eigenvalues, positive.
+        matrix: [n, n], or [n] for a diagonal; or [K, n, n] or [K, n] for K of them, at once.
+        damping: added to the eigenvalues, positive; [K] for one each.
+        diagonal: whether ``matrix`` holds diagonals; by default a vector does.
 
     Returns:
         The inverse, shaped as ``matrix``, in its dtype; None when an element is not finite or the damped matrix is
@@ -32,17 +33,19 @@ def damped_inverse(matrix: Tensor, damping: float) -> Tensor | None:
         tensor([[ 0.3333, -0.1667],
                 [-0.1667,  0.3333]])
     """
-    if matrix.ndim == 1:
-        inverse = (matrix + damping).reciprocal()
+    shift = torch.as_tensor(damping, dtype=torch.float64, device=matrix.device)[..., None]
+    if matrix.ndim == 1 if diagonal is None else diagonal:
+        inverse = (matrix.double() + shift).reciprocal().to(matrix.dtype)
         return inverse if bool(((inverse > 0) & inverse.isfinite()).all()) else None
     damped = matrix.double()
     damped = 0.5 * (damped + damped.mT)
-    damped.diagonal().add_(damping)
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift)
     factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info) != 0 or not bool(factor.diagonal().isfinite().all()):  # an infinite pivot passes for a positive one
-        return None
     inverse = torch.cholesky_inverse(factor).to(matrix.dtype)
-    return inverse if bool(torch.isfinite(inverse).all()) else None
+    # An infinite pivot passes for a positive one.
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    fine = (info == 0).all() & pivots.isfinite().all() & inverse.isfinite().all()
+    return inverse if bool(fine) else None
 
 
 def solve_psd(matrix: list[list[float]], rhs: list[float]) -> list[float]:

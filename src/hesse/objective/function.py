@@ -7,7 +7,7 @@ are dealt with in one place, so that gradients, products, trial steps and checks
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -76,9 +76,12 @@ class Objective:
         with self.at(params):
             return self.run_model()
 
-    def forward(self) -> Any:
-        """The outputs of the live model: buffers move and hooks see its own parameters, as in plain training."""
-        with self._same_random_numbers():
+    def forward(self, plain: bool = False) -> Any:
+        """The outputs of the live model: buffers move and hooks see its own parameters, as in plain training.
+
+        With ``plain`` on the kernels that every other evaluation uses, so that the two differ by no rounding.
+        """
+        with self._plain() if plain else nullcontext(), self._same_random_numbers():
             return self.run_model()
 
     @contextmanager

@@ -8,6 +8,7 @@ with the direction ``-grad`` it is SGD, with ``-m / sqrt(v)`` it would be Adam.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hesse.objective import Closure
+from hesse.optim.sharded import keep, local, part_of, view, whole
 
 __all__ = ["Base", "Gradient", "closure_inside"]
 
@@ -32,14 +34,25 @@ class Base(torch.optim.Optimizer):
         """As torch's; the group's settings, with the defaults in place of those not given, are checked.
 
         Raises:
+            TypeError: a parameter is complex.
             ValueError: a setting is out of its range.
         """
         super().add_param_group(param_group)
         try:
             refuse_settings(self.param_groups[-1])
-        except ValueError:
+            self._refuse_complex(self.param_groups[-1])
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+
+    def _refuse_complex(self, group: dict[str, Any]) -> None:
+        names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
+        for name, p in zip(names, group["params"], strict=True):
+            if p.is_complex():
+                raise TypeError(
+                    f"The parameter {name!r} is complex, and {type(self).__name__} is for real ones. Keep its real and "
+                    "imaginary parts as two parameters and join them with torch.complex in forward."
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, with every state tensor in the dtype it was saved in, on the device of its parameter.
@@ -69,8 +82,8 @@ class Gradient(Base):
 
     The shell does the rest: ``maximize``, coupled and decoupled weight decay, the proximal step of ``l1``, sparse
     gradients (made dense), low precision (rules compute in float32 at least), parameters without a gradient (left
-    alone), and gradients that are not finite: such a step is not taken, nothing of it enters the state, and
-    ``param_groups[i]["rejections"]`` counts it.
+    alone) or sharded over processes (:mod:`hesse.optim.sharded`), and gradients that are not finite: such a step is not
+    taken, nothing of it enters the state, and ``param_groups[i]["rejections"]`` counts it.
 
     Settings of every group, beside the rule's own: ``lr`` (a number or a tensor of one element), ``weight_decay``,
     ``decoupled_weight_decay``, ``l1``, ``maximize``.
@@ -83,9 +96,10 @@ class Gradient(Base):
 
         Args:
             group: its settings.
-            grads: finite gradients, float32 at least, shaped as the parameters, in the sense of minimising.
-            states: of each parameter, empty before its first step; the rule keeps tensors in it.
-            params: the parameters, to look at.
+            grads: finite gradients, float32 at least, shaped as the parameters, in the sense of minimising. Those of
+                sharded parameters are whole, the same in every process.
+            states: of each parameter, empty before its first step; the rule keeps tensors in it, plain ones always.
+            params: the parameters, to look at; sharded ones as ``DTensor``.
         """
         raise NotImplementedError
 
@@ -108,25 +122,44 @@ class Gradient(Base):
         return loss
 
     def _step(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        if not params:
+        grads = [_dense(whole(p.grad)) for p in params if p.grad is not None]
+        if not grads:
             return
-        grads = [_dense(p.grad) for p in params if p.grad is not None]
         if not all_finite(grads):
             group["rejections"] += 1
             return
-        values = [wide(p) for p in params]
+        lr, decay, decoupled = float(group["lr"]), group["weight_decay"], group["decoupled_weight_decay"]
         if group["maximize"]:
-            grads = [-g for g in grads]
-        if group["weight_decay"] != 0 and not group["decoupled_weight_decay"]:
-            grads = [g.add(p, alpha=group["weight_decay"]) for g, p in zip(grads, values, strict=True)]
-        found = self.directions(group, grads, [self.state[p] for p in params], params)
-        for p, value, direction in zip(params, values, found, strict=True):
-            if group["weight_decay"] != 0 and group["decoupled_weight_decay"]:
-                value = value * (1 - group["lr"] * group["weight_decay"])
-            value = value + direction.to(value.dtype) * group["lr"]
-            if group["l1"] != 0:
-                value = shrink(value, group["lr"] * group["l1"])
-            p.copy_(value)
+            grads = list(torch._foreach_neg(grads))
+        if decay != 0 and not decoupled:
+            grads = list(torch._foreach_add(grads, [wide(whole(p)) for p in params], alpha=decay))
+        states = [follow(view(self.state[p], p), grad) for p, grad in zip(params, grads, strict=True)]
+        with contextlib.ExitStack() as plain:
+            for kind in {grad.device.type for grad in grads}:
+                if torch.is_autocast_enabled(kind):  # a step inside autocast computes as one outside
+                    plain.enter_context(torch.autocast(kind, enabled=False))
+            found = self.directions(group, grads, states, params)
+        for p, state in zip(params, states, strict=True):
+            keep(self.state[p], state, p)
+        mine = [local(p) for p in params]
+        values = [wide(p) for p in mine]
+        steps = [part_of(d, p).to(v.dtype) for d, p, v in zip(found, params, values, strict=True)]
+        if decay != 0 and decoupled:
+            torch._foreach_mul_(values, 1 - lr * decay)
+        torch._foreach_add_(values, steps, alpha=lr)
+        if group["l1"] != 0:
+            values = [shrink(value, lr * group["l1"]) for value in values]
+        for p, value in zip(mine, values, strict=True):
+            if value is not p:
+                p.copy_(value)
+
+
+def follow(state: dict[str, Any], like: Tensor) -> dict[str, Any]:
+    """The state, moved in place to the dtype and the device of the gradient: the model may have been."""
+    for name, x in state.items():
+        if name != "step" and (x.dtype != like.dtype or x.device != like.device):
+            state[name] = x.to(like)
+    return state
 
 
 def shrink(x: Tensor, threshold: float | Tensor) -> Tensor:
@@ -146,7 +179,8 @@ def wide(x: Tensor) -> Tensor:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every element is a finite number, with one synchronisation."""
-    norms = [x.abs().sum() if x.is_complex() else x.sum() for x in tensors if x.numel()]
+    tensors = [x for x in tensors if x.numel()]
+    norms = [x.abs().sum() if x.is_complex() else x.sum() for x in tensors]
     # A sum is finite unless an element is not, or it overflows: only then each element is looked at.
     if not norms or bool(torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all()):
         return True
