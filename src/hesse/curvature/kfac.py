@@ -16,22 +16,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from hesse.curvature.collect import Found, collect
+from hesse.curvature.collect import collect
 from hesse.curvature.columns import Columns, Kind, columns_of, draws_of
 from hesse.curvature.evaluate import refuse_parameters
 from hesse.curvature.examples import Examples
 from hesse.curvature.factored import Eigenbasis, KroneckerFactored
-from hesse.curvature.layers import Lookups, wide
-from hesse.curvature.moments import Moments, parts_of
+from hesse.curvature.layers import wide
+from hesse.curvature.moments import Moments
 from hesse.curvature.passes import Run, Share, shares, watch
 from hesse.curvature.product import points, working
 from hesse.curvature.sources import Batches, Reduction, batches_of
-from hesse.curvature.squares import RowSquares, lookup_squares, squares_of
+from hesse.curvature.squares import squares_of
 from hesse.curvature.statistics import Block, Diagonal, Kronecker, Statistics, Variant, find_blocks
+from hesse.curvature.turned import Turned
 from hesse.objective.function import LossFn
 from hesse.tree import Layout
 
@@ -217,7 +217,7 @@ def _corrected(passes: _Passes, factors: Statistics, bases: Mapping[str, Eigenba
         _add(sums, "weight", "", wide(one.run.outputs).new_tensor(one.weight))
         with one.run.objective.at(one.run.params):
             for share in passes.shares(one, examples=True):
-                turned = {block.weight: _Turned(block, bases[block.weight]) for block in _blocks(share, blocks)}
+                turned = {block.weight: Turned(block, bases[block.weight]) for block in _blocks(share, blocks)}
                 if turned:
                     collect(share, one.columns.all(), turned)
                 for name, squares in turned.items():
@@ -245,52 +245,6 @@ def _changed(name: str) -> ValueError:
         f"the model uses {name!r} in one way in some batches and in another in others, and one block cannot hold both. "
         "Make K-FAC of batches that take the same way through the model."
     )
-
-
-class _Turned:
-    """The squares of one block's per-example gradients in its eigenbasis: a collector."""
-
-    def __init__(self, block: Block, basis: Eigenbasis) -> None:
-        self.block = block
-        self.basis = basis
-        self.looked_up = torch.zeros_like(basis.values)
-        self.inputs: list[Tensor] = []
-        self.squares: list[RowSquares] = []
-
-    def add(self, found: Found) -> None:
-        pieces = [pieces[self.block.weight] for _, pieces in found if self.block.weight in pieces]
-        assert self.basis.g is not None
-        lookups = [
-            Lookups(one.index, one.g @ self.basis.g, one.padding, one.size)
-            for one in pieces
-            if isinstance(one, Lookups)
-        ]
-        if lookups:
-            self.looked_up += lookup_squares(lookups).mT
-            return
-        parts = parts_of(self.block, found)
-        for i, part in enumerate(parts):
-            q_a, q_g = (_matrices(q, i if len(parts) > 1 else None) for q in (self.basis.a, self.basis.g))
-            if len(self.inputs) == i:
-                a = torch.cat([row.a for row in part], dim=1)
-                a = a if self.block.bias is None else F.pad(a, (0, 1), value=1.0)
-                self.inputs.append(torch.einsum("btgn,gnr->btgr", a, q_a))
-                self.squares.append(RowSquares())
-            g = torch.cat([row.g for row in part], dim=2)
-            self.squares[i].add(self.inputs[i], torch.einsum("kbtgm,gmr->kbtgr", g, q_g))
-
-    def add_gradients(self, grads: Tensor) -> None:
-        """A parameter without uses has no block."""
-
-    def total(self) -> Tensor:
-        return torch.cat([one.total()[0] for one in self.squares]) if self.squares else self.looked_up
-
-
-def _matrices(q: Tensor | None, part: int | None) -> Tensor:
-    """Eigenvectors [G, n, n], or of one part [1, n, n]."""
-    assert q is not None  # only an embedding has none
-    q = q if q.ndim == 3 else q[None]
-    return q if part is None else q[part : part + 1]
 
 
 def _add(sums: Sums, what: str, name: str, value: Tensor) -> None:

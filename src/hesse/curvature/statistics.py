@@ -13,7 +13,7 @@ independently, E[(J'r)^2] is the diagonal of J' H_L J for a draw r over the whol
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -40,12 +40,14 @@ class Kronecker:
         g: [m, m] or [G, m, m].
         form: of those matrices.
         bias: name of the bias that is their last column, or None.
+        values: [G, m, n], corrected eigenvalues in a given basis, or None.
     """
 
     a: Tensor
     g: Tensor
     form: Form
     bias: str | None
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,7 @@ def statistics(
     variant: Variant = "expand",
     patches: int | None = None,
     draw: Tensor | None = None,
+    values: Callable[[Block, Sequence[tuple[Use, Tensor]], int], Tensor | None] | None = None,
 ) -> Statistics:
     """Curvature statistics by parameter, from one sampled backward pass.
 
@@ -88,6 +91,8 @@ def statistics(
         patches: about how many patches of a convolution's input are enough for its A ("expand" only); None for all.
             They are the dearest part: every element of the input comes in as many as the kernel has.
         draw: what is sent back, by default ``curvature.draw()``.
+        values: what gives a block's eigenvalues from its uses, the gradients at their outputs and the number of
+            examples, as :func:`hesse.curvature.turned.turned_squares` does; None where there is no basis yet.
 
     Returns:
         By name of a weight its :class:`Kronecker` block, which takes in its bias; by name of any other parameter its
@@ -122,7 +127,14 @@ def statistics(
         pairs = [(uses[i], g) for i in block.uses if (g := grads[i]) is not None]
         if pairs:
             a, g = factors(block, pairs, variant, batch, patches)
-            result[block.weight] = Kronecker(a, curvature.weight * g, block.form, block.bias)
+            corrected = values(block, pairs, batch) if values is not None else None
+            result[block.weight] = Kronecker(
+                a,
+                curvature.weight * g,
+                block.form,
+                block.bias,
+                None if corrected is None else curvature.weight * corrected,
+            )
     for name in sorted(found.known - taken):
         pairs = [(use, g) for use, g in zip(uses, grads, strict=False) if g is not None and name in use.names]
         if pairs:

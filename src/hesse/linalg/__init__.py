@@ -1,4 +1,4 @@
-"""Linear algebra on curvature: operators, solves, eigenpairs, and estimates with an error bar."""
+"""Linear algebra on curvature: operators, solves, eigenpairs, inverse roots, and estimates with an error bar."""
 
 from hesse.linalg.eigen import Eigenpairs, eigsh
 from hesse.linalg.estimate import Estimate, diagonal, frobenius, trace
@@ -6,6 +6,7 @@ from hesse.linalg.inverse import damped_inverse, solve_psd
 from hesse.linalg.krylov import Solution, solve
 from hesse.linalg.operator import LinearOperator
 from hesse.linalg.quadrature import Density, logdet, spectral_density
+from hesse.linalg.roots import eigenbasis, inverse_root, off_diagonal, root_in_basis
 
 __all__ = [
     "Density",
@@ -15,9 +16,13 @@ __all__ = [
     "Solution",
     "damped_inverse",
     "diagonal",
+    "eigenbasis",
     "eigsh",
     "frobenius",
+    "inverse_root",
     "logdet",
+    "off_diagonal",
+    "root_in_basis",
     "solve",
     "solve_psd",
     "spectral_density",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hesse import tree
+from hesse.curvature.factored import Eigenbasis
 from hesse.curvature.kronecker import apply_inverse, invert, split_damping
 from hesse.curvature.layers import Form, as_matrix, from_matrix
 from hesse.curvature.statistics import Kronecker, Statistics
@@ -38,6 +39,8 @@ class Factors:
         mine: the names whose curvature is kept in this process; None for all.
     """
 
+    ready = "inverse_g"  # the key of the state that a weight with a direction has
+
     def __init__(
         self,
         state: Mapping[Tensor, dict[str, Any]],
@@ -50,6 +53,10 @@ class Factors:
         self.blocks = dict(blocks)
         self.mine = mine
 
+    def bases(self) -> dict[str, Eigenbasis]:
+        """Eigenvectors by name, in which a batch's statistics are to have corrected eigenvalues."""
+        return {}
+
     @property
     def known(self) -> bool:
         """Whether statistics have been averaged in."""
@@ -61,6 +68,8 @@ class Factors:
             state = self.states[name]
             if isinstance(statistic, Kronecker):
                 parts = {"factor_a": statistic.a, "factor_g": statistic.g}
+                if statistic.values is not None:
+                    parts["values"] = statistic.values
                 block: Block | None = (*statistic.form, statistic.bias)
             else:
                 parts, block = {"diagonal": statistic.values}, None
@@ -134,7 +143,9 @@ class Factors:
         some = next(iter(self.params.values()))
         total = torch.zeros((), dtype=torch.float64, device=some.device)
         for state in self.states.values():
-            if "rank" in state:
+            if "values" in state:
+                total += (state["values"] / (state["values"] + damping)).sum()
+            elif "rank" in state:
                 total += state["rank"].sum()
             elif "diagonal" in state:
                 total += (state["diagonal"] / (state["diagonal"] + damping)).sum()
@@ -143,14 +154,17 @@ class Factors:
     def direction(self, grad: tree.Params, damping: float) -> tree.Params:
         """``-B^{-1} grad`` with the inverses at hand, of the parameters whose curvature is kept here."""
         found: tree.Params = {}
-        for names in self._kinds("inverse_a"):
-            a, g = (self._joined(names, key) for key in ("inverse_a", "inverse_g"))
-            self._take(names, apply_inverse(a, g, self._matrices(names, grad)), grad, found)
+        for names in self._kinds(self.ready):
+            self._take(names, self._natural(names, self._matrices(names, grad), damping), grad, found)
         for name, state in self.states.items():
             if name not in found and (self.mine is None or name in self.mine):
                 curvature = state.get("diagonal", 0.0)  # none yet for what the loss does not reach
                 found[name] = (-grad[name] / (curvature + damping)).to(grad[name].dtype)
         return found
+
+    def _natural(self, names: list[str], matrix: Tensor, damping: float) -> Tensor:
+        """The damped inverses of a kind applied to [K, m, n]: at the damping that they were made with."""
+        return apply_inverse(self._joined(names, "inverse_a"), self._joined(names, "inverse_g"), matrix)
 
     def _matrices(self, names: list[str], x: tree.Params) -> Tensor:
         """The weights of a kind, or what is shaped like them, as [K, m, n], in the precision of the factors."""

@@ -31,9 +31,11 @@ from hesse.curvature.jacobian import jvp, secant
 from hesse.curvature.layers import wide
 from hesse.curvature.output import OutputCurvature, output_curvature
 from hesse.curvature.quadratic import QuadraticModel, quadratic_model
-from hesse.curvature.statistics import statistics
-from hesse.curvature.uses import Uses, watch_uses
+from hesse.curvature.statistics import Block, Statistics, statistics
+from hesse.curvature.turned import turned_squares
+from hesse.curvature.uses import Use, Uses, watch_uses
 from hesse.objective import Objective
+from hesse.optim.corrected import Corrected
 from hesse.optim.factors import CURVATURE, Factors
 from hesse.optim.modelled import TRUST, Modelled, loss_at
 from hesse.optim.penalty import Penalty
@@ -147,6 +149,7 @@ class KFAC(Modelled):
         lr: float | None = None,
         momentum: float | None = None,
         damping: float | None = None,
+        ekfac: bool = False,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         l1: float = 0.0,
@@ -156,6 +159,7 @@ class KFAC(Modelled):
             "lr": 0.0,
             "momentum": 0.0,
             "damping": 1.0,
+            "ekfac": ekfac,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "l1": l1,
@@ -187,7 +191,7 @@ class KFAC(Modelled):
         objective = self._turned(self._objective_of(closure))
         group, params = self.param_groups[0], self._params()
         self._follow(params)
-        factors = Factors(self.state, params, group["blocks"])
+        factors = (Corrected if group["ekfac"] else Factors)(self.state, params, group["blocks"])
         fresh = group["steps"] < BURN_IN or group["steps"] % PERIOD == 0 or not factors.known
         kept = {name: b.clone() for name, b in self.model.named_buffers()}
 
@@ -209,7 +213,7 @@ class KFAC(Modelled):
         value, grad = value + penalty.value(params), penalty.slope(params, grad)
         if fresh:
             group["updates"] += 1
-            found = statistics(uses, params, outputs, curvature, patches=PATCHES)
+            found = self._statistics(uses, params, outputs, curvature, factors)
             factors.learn(found, max(1 / group["updates"], 1 - MEMORY))
             group["blocks"] = factors.blocks
             if (
@@ -248,6 +252,16 @@ class KFAC(Modelled):
             p.grad = g if g is None or not self.param_groups[0]["maximize"] else -g
             grad[name] = torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
         return grad
+
+    def _statistics(
+        self, uses: Uses, params: tree.Params, outputs: Tensor, curvature: OutputCurvature, factors: Factors
+    ) -> Statistics:
+        bases = factors.bases()
+
+        def values(block: Block, pairs: Sequence[tuple[Use, Tensor]], batch: int) -> Tensor | None:
+            return turned_squares(block, pairs, bases[block.weight], batch) if block.weight in bases else None
+
+        return statistics(uses, params, outputs, curvature, patches=PATCHES, values=values)
 
     def _model(self, point: Point, plane: Sequence[tree.Params]) -> QuadraticModel:
         """The quadratic model on the plane, by differences as long as they agree with exact products."""
