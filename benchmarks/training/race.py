@@ -109,8 +109,9 @@ def search(task: Task, entrant: Entrant, seeds: tuple[int, ...], limit: float) -
     ladder = list(rates(entrant, task))
     heats = {rate: race(task, entrant, seeds[0], rate, task.budget // 4, limit, True) for rate in ladder}
     ranked = sorted(heats, key=lambda rate: (heats[rate].steps or math.inf, heats[rate].best))
-    beyond = {ladder[0]: ladder[0] ** 2 / ladder[1], ladder[-1]: ladder[-1] ** 2 / ladder[-2]}.get(ranked[0])
-    if beyond is not None:
+    further = {ladder[0]: ladder[0] ** 2 / ladder[1], ladder[-1]: ladder[-1] ** 2 / ladder[-2]}.get(ranked[0])
+    if further is not None:
+        beyond = float(f"{further:.3g}")
         heats[beyond] = race(task, entrant, seeds[0], beyond, task.budget // 4, limit, True)
         ranked = sorted(heats, key=lambda rate: (heats[rate].steps or math.inf, heats[rate].best))
     runs, budget, leading = dict(heats), task.budget, ranked[:0]

@@ -48,17 +48,16 @@ def tables(runs: list[Run]) -> None:
 def _task_table(name: str, by_entrant: dict[str, list[Run]]) -> None:
     task, (steps, time) = TASKS[name], GOALS[name]
     goal = f"{steps} steps" + (f", {time} x" if time else ", every seed")
-    last = " | last number, worst seed" if task.final is not None else ""
+    last = task.final is not None
     print(f"### {name}: {task.metric} at most {task.target:g} within {task.budget} steps (goal: {goal})\n")
-    print(
-        "| optimiser | rate | steps by seed | steps | seconds | processor s | ms a step | time / AdamW | processor / AdamW | step / AdamW",
-        end="",
-    )
-    print(f" | state{last} |\n|{'---|' * (12 if last else 11)}")
+    columns = ["optimiser", "rate", "steps by seed", "steps", "seconds", "processor s", "ms a step"]
+    columns += ["time / AdamW", "processor / AdamW", "step / AdamW", "state"]
+    columns += ["last number, worst seed"] if last else []
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     base = {run.seed: run for run in by_entrant.get(BASE, [])}
     for entrant, found in by_entrant.items():
         if all(run.refused for run in found):
-            print(f"| {_shown(entrant)} | refused: {found[0].refused} |" + " |" * (10 if last else 9))
+            print(f"| {_shown(entrant)} | refused: {found[0].refused} |" + " |" * (len(columns) - 2))
             continue
         good = [run for run in found if not run.refused and run.taken]
         rate = "" if good[0].rate is None else f"{good[0].rate:g}"

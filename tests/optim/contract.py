@@ -107,7 +107,16 @@ GIVEN = Differs("gradients alone do not say enough", TypeError, "hesse.closure")
 WHOLE = Differs("it takes the model it was given", ValueError, "no further parameter groups")
 BETWEEN = {"skorch's closure": LOOK}
 ON_CLOSURES = {"GradScaler": GIVEN, "gradients without a closure": GIVEN}
-ON_MODELS = {**ON_CLOSURES, "skorch's closure": GIVEN, "a group that joins": WHOLE}
+FLAT = Differs(
+    "which keys its state has depends on the batch; torch asks a fresh optimiser for them and loads no others, so that "
+    "training goes on with curvature made anew"
+)
+ON_MODELS = {
+    **ON_CLOSURES,
+    "skorch's closure": GIVEN,
+    "a group that joins": WHOLE,
+    "flat distributed checkpoint": FLAT,
+}
 MOVED = Differs("torch's own wants models moved before it is made")
 
 DENSE = Differs("torch's Adam takes dense gradients", RuntimeError, "does not support sparse gradients")

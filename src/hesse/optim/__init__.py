@@ -1,8 +1,9 @@
 """Optimisers for training: each is one file here.
 
-Those that take the model find their own step: :class:`KFAC`, :class:`NewtonCG`, :class:`GaussNewton`. Those that take the
-parameters replace Adam after ``loss.backward()``: :class:`SOAP`, :class:`Shampoo`, and with a :func:`hesse.closure` every
-few steps :class:`AdaHessian`, :class:`SophiaH`, :class:`SophiaG`. :class:`LineSearch` wraps any of torch's.
+Those that take the model find their own step: :class:`KFAC`, :class:`NewtonCG`, :class:`GaussNewton`. Those that take
+the parameters replace Adam after ``loss.backward()``: :class:`SOAP`, :class:`Shampoo`, and, with a
+:func:`hesse.closure` every few steps, :class:`AdaHessian`, :class:`SophiaH`, :class:`SophiaG`. :class:`LineSearch`
+goes around any of torch's.
 
 SGD, Adagrad, Adam, AdamW, LBFGS and Muon are torch's own and run on the same :func:`hesse.closure`.
 """

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from hesse.objective import Closure
 from hesse.optim.sharded import keep, local, part_of, view, whole
 
 __all__ = ["Base", "Gradient", "closure_inside"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Base(torch.optim.Optimizer):
@@ -134,11 +137,7 @@ class Gradient(Base):
         if decay != 0 and not decoupled:
             grads = list(torch._foreach_add(grads, [wide(whole(p)) for p in params], alpha=decay))
         states = [follow(view(self.state[p], p), grad) for p, grad in zip(params, grads, strict=True)]
-        with contextlib.ExitStack() as plain:
-            for kind in {grad.device.type for grad in grads}:
-                if torch.is_autocast_enabled(kind):  # a step inside autocast computes as one outside
-                    plain.enter_context(torch.autocast(kind, enabled=False))
-            found = self.directions(group, grads, states, params)
+        found = precise(self.directions)(group, grads, states, params)
         for p, state in zip(params, states, strict=True):
             keep(self.state[p], state, p)
         mine = [local(p) for p in params]
@@ -152,6 +151,20 @@ class Gradient(Base):
         for p, value in zip(mine, values, strict=True):
             if value is not p:
                 p.copy_(value)
+
+
+def precise(rule: Callable[P, T]) -> Callable[P, T]:
+    """The rule outside autocast: a step inside it computes as one outside."""
+
+    @functools.wraps(rule)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> T:
+        with contextlib.ExitStack() as stack:
+            for kind in ("cpu", "cuda", "xpu", "mps"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return rule(*args, **kwargs)
+
+    return outside
 
 
 def follow(state: dict[str, Any], like: Tensor) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hesse import tree
 from hesse.curvature.factored import Eigenbasis
 from hesse.linalg.roots import eigenbasis, off_diagonal
+from hesse.optim.base import precise
 from hesse.optim.factors import Factors
 
 __all__ = ["Corrected"]
@@ -35,6 +36,7 @@ class Corrected(Factors):
                 found[name] = Eigenbasis(a, g, g.new_empty(()).expand(groups, m, n))
         return found
 
+    @precise
     def refresh(self, damping: float, limit: float | None = None, grad: tree.Params | None = None) -> bool:
         """New bases where a factor has turned away from the old one; the damping does not matter here."""
         for names in self._kinds("factor_a"):

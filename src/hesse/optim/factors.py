@@ -21,6 +21,7 @@ from hesse.curvature.factored import Eigenbasis
 from hesse.curvature.kronecker import apply_inverse, invert, split_damping
 from hesse.curvature.layers import Form, as_matrix, from_matrix
 from hesse.curvature.statistics import Kronecker, Statistics
+from hesse.optim.base import precise
 
 __all__ = ["CURVATURE", "Factors"]
 
@@ -92,6 +93,7 @@ class Factors:
 
     # -- inverses ---------------------------------------------------------------------------------------------------
 
+    @precise
     def refresh(self, damping: float, limit: float | None = None, grad: tree.Params | None = None) -> bool:
         """New inverses at this damping; with a ``limit`` only of kinds whose old ones are further off than that.
 
@@ -115,7 +117,7 @@ class Factors:
             inverse = invert(self._joined(names, "factor_a"), self._joined(names, "factor_g"), damping)
             if inverse is not None:
                 self._keep(names, inverse_a=inverse.a, inverse_g=inverse.g)
-                for name, rank in zip(names, self._by_name(names, inverse.rank), strict=True):
+                for name, rank in zip(names, self._by_name(names, inverse.rank.to(inverse.g.dtype)), strict=True):
                     self.states[name]["rank"] = rank
         return bool(due)
 
@@ -151,6 +153,7 @@ class Factors:
                 total += (state["diagonal"] / (state["diagonal"] + damping)).sum()
         return total
 
+    @precise
     def direction(self, grad: tree.Params, damping: float) -> tree.Params:
         """``-B^{-1} grad`` with the inverses at hand, of the parameters whose curvature is kept here."""
         found: tree.Params = {}

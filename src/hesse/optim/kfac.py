@@ -28,15 +28,15 @@ from torch import Tensor, nn
 
 from hesse import tree
 from hesse.curvature.jacobian import jvp, secant
-from hesse.curvature.layers import wide
 from hesse.curvature.output import OutputCurvature, output_curvature
 from hesse.curvature.quadratic import QuadraticModel, quadratic_model
 from hesse.curvature.statistics import Block, Statistics, statistics
 from hesse.curvature.turned import turned_squares
 from hesse.curvature.uses import Use, Uses, watch_uses
 from hesse.objective import Objective
+from hesse.optim.base import precise
 from hesse.optim.corrected import Corrected
-from hesse.optim.factors import CURVATURE, Factors
+from hesse.optim.factors import Factors
 from hesse.optim.modelled import TRUST, Modelled, loss_at
 from hesse.optim.penalty import Penalty
 
@@ -190,7 +190,6 @@ class KFAC(Modelled):
             return None
         objective = self._turned(self._objective_of(closure))
         group, params = self.param_groups[0], self._params()
-        self._follow(params)
         factors = (Corrected if group["ekfac"] else Factors)(self.state, params, group["blocks"])
         fresh = group["steps"] < BURN_IN or group["steps"] % PERIOD == 0 or not factors.known
         kept = {name: b.clone() for name, b in self.model.named_buffers()}
@@ -224,7 +223,7 @@ class KFAC(Modelled):
         if group["steps"] == 0 and self._is_free("damping"):
             self._calibrate(point, factors)
         damping = group["damping"] + penalty.curvature
-        last = {name: self.state[p]["update"] for name, p in params.items() if "update" in self.state[p]}
+        last = {name: self.state[p]["update"].to(p.dtype) for name, p in params.items() if "update" in self.state[p]}
         if fresh and factors.refresh(damping, STALE, grad):
             group["effective_dimension"] = float(factors.effective_dimension(damping))
         direction = penalty.keep(factors.direction(grad, damping))
@@ -253,6 +252,7 @@ class KFAC(Modelled):
             grad[name] = torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
         return grad
 
+    @precise
     def _statistics(
         self, uses: Uses, params: tree.Params, outputs: Tensor, curvature: OutputCurvature, factors: Factors
     ) -> Statistics:
@@ -331,12 +331,3 @@ class KFAC(Modelled):
                 return
             moved = move
             self._scale_damping(move)
-
-    def _follow(self, params: tree.Params) -> None:
-        """Bring the state to where the parameters are, and to what they are made of now."""
-        for p in params.values():
-            state = self.state[p]
-            for key, value in state.items():
-                dtype = wide(p).dtype if key in CURVATURE else p.dtype
-                if value.device != p.device or (value.dtype != dtype and value.dtype.is_floating_point):
-                    state[key] = value.to(p.device, dtype)

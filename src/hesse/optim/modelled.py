@@ -22,7 +22,7 @@ from hesse import tree
 from hesse.curvature.losses import FORMS, function_of
 from hesse.curvature.product import working
 from hesse.objective import Objective
-from hesse.optim.base import Base, closure_inside
+from hesse.optim.base import Base, closure_inside, follow, wide
 
 __all__ = ["TRUST", "Modelled", "Place", "loss_at"]
 
@@ -83,6 +83,7 @@ class Modelled(Base):
         return {name: p for name, p in pairs if p.requires_grad}
 
     def _objective_of(self, closure: Callable[[], Any]) -> Objective:
+        """The loss that a step is asked to take; brings the state to where the model is now."""
         kind = type(self).__name__
         found = closure_inside(closure)
         if found is None:
@@ -94,6 +95,8 @@ class Modelled(Base):
             raise ValueError(
                 f"The closure is of another model than the one given to {kind}. Build both from the same object."
             )
+        for p in self._params().values():
+            follow(self.state[p], wide(p))
         return found.objective
 
     def _refuse_gradients(self) -> None:
