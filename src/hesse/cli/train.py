@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -69,7 +70,7 @@ def train(
             seed=seed,
             verbose=not quiet,
         )
-        if as_json:
+        if as_json and os.environ.get("RANK", "0") == "0":  # of several processes the first
             print_json(
                 {
                     "ok": True,

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hesse.curvature import tiles
 from hesse.curvature.examples import guess_examples, lengths
 from hesse.curvature.layers import CONVOLUTIONS, MATRICES, Entries, Form, Lookups, Rows, form_of, rows_of, wide
 from hesse.curvature.output import OutputCurvature
@@ -37,7 +38,8 @@ class Kronecker:
 
     Args:
         a: [n, n], or [n] for a diagonal one (embeddings), or [G, n, n] for a weight of G independent matrices.
-        g: [m, m] or [G, m, m].
+        g: [m, m] or [G, m, m]. Of a weight with a side above the limit both factors are in parts, with one dimension
+            more: [k, b, b] or [G, k, b, b], and a diagonal [1, n].
         form: of those matrices.
         bias: name of the bias that is their last column, or None.
         values: [G, m, n], corrected eigenvalues in a given basis, or None.
@@ -79,6 +81,7 @@ def statistics(
     patches: int | None = None,
     draw: Tensor | None = None,
     values: Callable[[Block, Sequence[tuple[Use, Tensor]], int], Tensor | None] | None = None,
+    max_dim: int | None = None,
 ) -> Statistics:
     """Curvature statistics by parameter, from one sampled backward pass.
 
@@ -93,6 +96,7 @@ def statistics(
         draw: what is sent back, by default ``curvature.draw()``.
         values: what gives a block's eigenvalues from its uses, the gradients at their outputs and the number of
             examples, as :func:`hesse.curvature.turned.turned_squares` does; None where there is no basis yet.
+        max_dim: the largest factor; longer sides are cut into parts (:mod:`hesse.curvature.tiles`). None for no limit.
 
     Returns:
         By name of a weight its :class:`Kronecker` block, which takes in its bias; by name of any other parameter its
@@ -126,7 +130,7 @@ def statistics(
         taken |= {block.weight} | ({block.bias} if block.bias else set())
         pairs = [(uses[i], g) for i in block.uses if (g := grads[i]) is not None]
         if pairs:
-            a, g = factors(block, pairs, variant, batch, patches)
+            a, g = factors(block, pairs, variant, batch, patches, max_dim)
             corrected = values(block, pairs, batch) if values is not None else None
             result[block.weight] = Kronecker(
                 a,
@@ -185,6 +189,7 @@ def factors(
     variant: Variant = "expand",
     batch: int = 1,
     patches: int | None = None,
+    max_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The factors A and G of a block from its uses and the gradients at their outputs.
 
@@ -193,7 +198,8 @@ def factors(
     embedding's A stays the diagonal of "expand" in both: the mean of one-hot rows is not one-hot.
 
     Returns:
-        A [n, n] ([n] for an embedding, [G, n, n] for grouped matrices), G [m, m] or [G, m, m].
+        A [n, n] ([n] for an embedding, [G, n, n] for grouped matrices), G [m, m] or [G, m, m]; or both in parts, as
+        :class:`Kronecker` says.
 
     Raises:
         ValueError: "reduce", and no dimension of an input is known to hold the ``batch`` examples.
@@ -201,7 +207,7 @@ def factors(
     if variant not in ("expand", "reduce"):
         raise ValueError(f"variant must be 'expand' or 'reduce'; got {variant!r}.")
     if pairs[0][0].operation is F.embedding:
-        return _lookup_factors(block.weight, pairs)
+        return _lookup_factors(block.weight, pairs, max_dim)
     rows: list[_Seen] = []
     for use, g in pairs:
         place = guess_examples(use, batch) if variant == "reduce" else None
@@ -217,8 +223,8 @@ def factors(
         rows.append(_Seen(use, row.a, row.g if every == 1 else _all_rows(use, g), row.part))
     groups, ones = block.form.groups, block.bias is not None
     if all(row.part is None for row in rows):
-        return _moments(rows, variant, ones)
-    parts = [_moments(_part(rows, i, groups), variant, ones) for i in range(groups)]
+        return _moments(rows, variant, ones, max_dim)
+    parts = [_moments(_part(rows, i, groups), variant, ones, max_dim) for i in range(groups)]
     return torch.stack([a for a, _ in parts]), torch.stack([g for _, g in parts])
 
 
@@ -249,7 +255,7 @@ class _Seen(NamedTuple):
     part: slice | None
 
 
-def _moments(rows: Sequence[_Seen], variant: Variant, ones: bool) -> tuple[Tensor, Tensor]:
+def _moments(rows: Sequence[_Seen], variant: Variant, ones: bool, max_dim: int | None) -> tuple[Tensor, Tensor]:
     """The mean of a a' and the sum of g g', without the dimension G if it is 1.
 
     With ``ones`` every a has a one behind its last entry, which is not written there: copying the rows takes longer.
@@ -263,6 +269,8 @@ def _moments(rows: Sequence[_Seen], variant: Variant, ones: bool) -> tuple[Tenso
         a, g = flat[0] if len(flat) == 1 else (torch.cat(side) for side in zip(*flat, strict=True))
     a, g = (a[:, 0], g[:, 0]) if a.shape[1] == 1 else (a.movedim(1, 0), g.movedim(1, 0))
     count = max(1, a.shape[-2])
+    if max_dim is not None and max(a.shape[-1] + ones, g.shape[-1]) > max_dim:
+        return tiles.moments(a, max_dim, ones) / count, tiles.moments(g, max_dim)
     moment = a.mT @ a / count
     if ones:
         mean = a.sum(-2) / count
@@ -283,7 +291,9 @@ def _part(rows: Sequence[_Seen], number: int, parts: int) -> list[_Seen]:
     return found or [first._replace(a=torch.zeros_like(first.a), g=torch.zeros_like(first.g))]
 
 
-def _lookup_factors(name: str, pairs: Sequence[tuple[Use, Tensor]]) -> tuple[Tensor, Tensor]:
+def _lookup_factors(
+    name: str, pairs: Sequence[tuple[Use, Tensor]], max_dim: int | None = None
+) -> tuple[Tensor, Tensor]:
     counts: Tensor | float = 0.0
     moments: Tensor | float = 0.0
     for use, g in pairs:
@@ -293,8 +303,10 @@ def _lookup_factors(name: str, pairs: Sequence[tuple[Use, Tensor]]) -> tuple[Ten
         if found.padding is not None:
             count[found.padding] = 0.0  # its row never moves
         g = found.g.flatten(0, 1)
-        counts, moments = counts + count, moments + g.t() @ g
+        moment = tiles.moments(g, max_dim) if max_dim is not None and g.shape[-1] > max_dim else g.t() @ g
+        counts, moments = counts + count, moments + moment
     assert isinstance(counts, Tensor) and isinstance(moments, Tensor)
+    counts = counts.view(1, -1) if moments.ndim == 3 else counts
     return counts / counts.sum().clamp_min(1.0), moments  # it may have looked up nothing but padding
 
 

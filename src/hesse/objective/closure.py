@@ -27,20 +27,27 @@ class Closure:
 
     @property
     def model(self) -> nn.Module:
-        return self.objective.model
+        """The module as it was given, DDP around it or not."""
+        return self.objective.given
 
     @property
     def loss_fn(self) -> LossFn:
         return self.objective.loss_fn
 
     def __call__(self) -> Tensor:
-        """Zero the gradients, run forward and backward, return the loss, a detached scalar."""
+        """Zero the gradients, run forward and backward, return the loss, a detached scalar.
+
+        Under ``DistributedDataParallel`` gradients and loss are the means over the processes, so that optimisers which
+        decide by the loss decide alike.
+        """
         with torch.enable_grad():
             self.model.zero_grad(set_to_none=True)
             self.outputs = self.objective.forward()
             loss = self.loss_fn(self.outputs, self.objective.targets)
             loss.backward()
-        return loss.detach()
+        loss = loss.detach()
+        self.objective.replicas.mean_([loss])
+        return loss
 
 
 def closure(model: nn.Module, loss_fn: LossFn, batch: tuple[Any, Any]) -> Closure:

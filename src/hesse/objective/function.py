@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree  # walks whatever containers a model takes, PackedSequence and all
 
 from hesse.objective import kernels, purity
+from hesse.objective.replicas import Replicas, inner
 from hesse.tree import Params
 
 __all__ = ["LossFn", "Objective", "objective"]
@@ -33,6 +34,9 @@ class Objective:
     Whatever is evaluated here can be differentiated twice: attention and ``weight_norm`` run on plain operations
     (see :mod:`hesse.objective.kernels`).
 
+    Of a model in ``DistributedDataParallel`` it is the loss of the module inside, on this process's part of the batch:
+    nothing is sent, except that :meth:`forward` goes through DDP, whose hooks then average the gradients.
+
     Args:
         model: a module. Its mode (train or eval) is used as it stands.
         loss_fn: ``loss_fn(outputs, targets)``, a scalar tensor.
@@ -44,17 +48,19 @@ class Objective:
     def __init__(
         self, model: nn.Module, loss_fn: LossFn, inputs: Any, targets: Any, dtype: torch.dtype | None = None
     ) -> None:
-        self.model = model
+        self.given = model
+        self.model = inner(model)
+        self.replicas = Replicas(model)
         self.loss_fn = loss_fn
         self.inputs = _cast(inputs, dtype)
         self.targets = _cast(targets, dtype)
         self.dtype = dtype
         self._random: purity.RandomState | None = None
-        self._plain = kernels.plain_for(model)
+        self._plain = kernels.plain_for(self.model)
 
     def cast(self, dtype: torch.dtype) -> Objective:
         """The same function evaluated in another precision, with the same random numbers."""
-        other = Objective(self.model, self.loss_fn, self.inputs, self.targets, dtype)
+        other = Objective(self.given, self.loss_fn, self.inputs, self.targets, dtype)
         other._random = self._random
         return other
 
@@ -79,10 +85,11 @@ class Objective:
     def forward(self, plain: bool = False) -> Any:
         """The outputs of the live model: buffers move and hooks see its own parameters, as in plain training.
 
-        With ``plain`` on the kernels that every other evaluation uses, so that the two differ by no rounding.
+        With ``plain`` on the kernels that every other evaluation uses, so that the two differ by no rounding, and past
+        DDP, which would wait for a ``backward()``.
         """
         with self._plain() if plain else nullcontext(), self._same_random_numbers():
-            return self.run_model()
+            return self._call(self.model if plain else self.given)
 
     @contextmanager
     def at(self, params: Mapping[str, Tensor]) -> Iterator[None]:
@@ -99,11 +106,14 @@ class Objective:
 
     def run_model(self) -> Any:
         """The model on the inputs as everything stands, for use inside :meth:`at`."""
+        return self._call(self.model)
+
+    def _call(self, model: nn.Module) -> Any:
         if isinstance(self.inputs, Mapping):
-            return self.model(**self.inputs)
+            return model(**self.inputs)
         if isinstance(self.inputs, tuple | list):
-            return self.model(*self.inputs)
-        return self.model(self.inputs)
+            return model(*self.inputs)
+        return model(self.inputs)
 
     @contextmanager
     def _same_random_numbers(self) -> Iterator[None]:

@@ -3,9 +3,14 @@
 State of a weight, beside its factors: ``basis_a``, ``basis_g`` and ``values``, the running mean of the squares of
 per-example gradients in that basis. The damping is added to the eigenvalues at every step, so that nothing has to be
 inverted anew when it moves.
+
+A weight with a side above the limit, whose factors are in parts, keeps the products of their eigenvalues and its
+inverses, as without correction.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,7 +29,7 @@ TURNED = 0.1  # of a factor in its old basis may lie off the diagonal before the
 class Corrected(Factors):
     """:class:`hesse.optim.factors.Factors` in the eigenbases of the factors, with corrected eigenvalues."""
 
-    ready = "basis_g"
+    ready = ("basis_g", "inverse_g")
 
     def bases(self) -> dict[str, Eigenbasis]:
         found = {}
@@ -38,9 +43,9 @@ class Corrected(Factors):
 
     @precise
     def refresh(self, damping: float, limit: float | None = None, grad: tree.Params | None = None) -> bool:
-        """New bases where a factor has turned away from the old one; the damping does not matter here."""
-        for names in self._kinds("factor_a"):
-            fresh = not all("basis_g" in self.states[name] for name in names)
+        """New bases where a factor has turned away from the old one; damping and limit are for weights in parts."""
+        super().refresh(damping, limit, grad)
+        for names, fresh in self._turned():
             for side in ("g", "a"):
                 factor = self._joined(names, f"factor_{side}")
                 if side == "a" and factor.ndim < 3:
@@ -58,6 +63,17 @@ class Corrected(Factors):
                     self.states[name]["values"] = self._products(name)
         return True
 
+    def _turned(self) -> Iterator[tuple[list[str], bool]]:
+        """The kinds with whole factors, and whether they have no basis yet. Eigenvalues are of the basis there is."""
+        for names in self._kinds("factor_a"):
+            for fresh in (True, False):
+                some = [name for name in names if ("basis_g" not in self.states[name]) == fresh]
+                if some and self._cut_shape(some) is None:
+                    yield some, fresh
+
+    def _inverted(self) -> list[list[str]]:
+        return [names for names in self._kinds("factor_a") if self._cut_shape(names) is not None]
+
     def _turn(self, names: list[str], side: str, squares: Tensor) -> None:
         """The diagonal, in the new basis, of what is diagonal in the old one."""
         for name, part in zip(names, self._by_name(names, squares), strict=True):
@@ -74,6 +90,8 @@ class Corrected(Factors):
         return values if values.ndim == 3 else values[None]
 
     def _natural(self, names: list[str], matrix: Tensor, damping: float) -> Tensor:
+        if "basis_g" not in self.states[names[0]]:
+            return super()._natural(names, matrix, damping)
         g = self._joined(names, "basis_g")
         a = self._joined(names, "basis_a") if "basis_a" in self.states[names[0]] else None
         values = torch.cat([self.states[name]["values"] for name in names])

@@ -2,7 +2,8 @@
 
 All of it is kept in the state of an optimiser, a flat dictionary of tensors for each parameter: ``factor_a``,
 ``factor_g``, ``inverse_a``, ``inverse_g`` and ``rank`` (its effective dimension) of a weight with a Kronecker block;
-``diagonal`` of any other parameter.
+``diagonal`` of any other parameter. A weight with a side above a limit has both factors in parts, [k, b, b]
+(:mod:`hesse.curvature.tiles`).
 
 Weights whose matrices have one shape are a **kind**. A kind is factorised and multiplied at once, and what is made at
 once lies side by side in memory, so that no copies are made for the next product.
@@ -10,24 +11,27 @@ once lies side by side in memory, so that no copies are made for the next produc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesse import tree
+from hesse.curvature import tiles
 from hesse.curvature.factored import Eigenbasis
 from hesse.curvature.kronecker import apply_inverse, invert, split_damping
 from hesse.curvature.layers import Form, as_matrix, from_matrix
-from hesse.curvature.statistics import Kronecker, Statistics
+from hesse.curvature.statistics import Statistics
+from hesse.objective.replicas import Replicas
 from hesse.optim.base import precise
+from hesse.optim.shares import Block, agreed, block_of, hand_over, owners, parts_of, sizes
 
 __all__ = ["CURVATURE", "Factors"]
 
 # Keys of the state that statistics have made.
 CURVATURE = ("diagonal", "factor_a", "factor_g", "inverse_a", "inverse_g", "rank", "basis_a", "basis_g", "values")
-Block = tuple[int, bool, str | None]  # number of matrices, whether they are transposed, the bias they take in
 
 
 class Factors:
@@ -37,22 +41,37 @@ class Factors:
         state: of each parameter.
         params: the parameters by name.
         blocks: the weights that have a Kronecker block, and the form of each.
-        mine: the names whose curvature is kept in this process; None for all.
+        replicas: of the model. Each keeps the curvature of some of the parameters.
     """
 
-    ready = "inverse_g"  # the key of the state that a weight with a direction has
+    ready: tuple[str, ...] = ("inverse_g",)  # the keys of the state of which a weight with a direction has one
 
     def __init__(
         self,
         state: Mapping[Tensor, dict[str, Any]],
         params: tree.Params,
         blocks: Mapping[str, Block],
-        mine: Collection[str] | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         self.states = {name: state[p] for name, p in params.items()}
         self.params = params
         self.blocks = dict(blocks)
-        self.mine = mine
+        self.replicas = replicas or Replicas()
+        self.owners: dict[str, int] = {}
+        self._share()
+
+    def _share(self) -> None:
+        """Find out who keeps what, and let go of what others keep."""
+        if self.replicas.size == 1:
+            return
+        self.owners = owners(self.replicas, self.params, self.blocks)
+        for name, state in self.states.items():
+            if not self._is_mine(name):
+                for key in CURVATURE:
+                    state.pop(key, None)
+
+    def _is_mine(self, name: str) -> bool:
+        return self.replicas.size == 1 or self.owners[name] == self.replicas.rank
 
     def bases(self) -> dict[str, Eigenbasis]:
         """Eigenvectors by name, in which a batch's statistics are to have corrected eigenvalues."""
@@ -60,28 +79,29 @@ class Factors:
 
     @property
     def known(self) -> bool:
-        """Whether statistics have been averaged in."""
-        return any("factor_a" in state or "diagonal" in state for state in self.states.values())
+        """Whether statistics have been averaged in, for all that is kept here.
+
+        A loaded state may hold none, or those that another number of processes left to this one.
+        """
+        mine = {name: state for name, state in self.states.items() if self._is_mine(name)}
+        whole = all("factor_a" in mine[name] for name in self.blocks if name in mine)
+        return whole and (bool(self.blocks) or any("diagonal" in state for state in mine.values()))
 
     def learn(self, found: Statistics, weight: float) -> None:
         """Average a batch's statistics in. What the forward pass did not reach this time keeps those it has."""
+        found = agreed(self.replicas, found)
         for name, statistic in found.items():
-            state = self.states[name]
-            if isinstance(statistic, Kronecker):
-                parts = {"factor_a": statistic.a, "factor_g": statistic.g}
-                if statistic.values is not None:
-                    parts["values"] = statistic.values
-                block: Block | None = (*statistic.form, statistic.bias)
-            else:
-                parts, block = {"diagonal": statistic.values}, None
-            if not tree.is_finite(parts):
-                continue  # an overflow averaged in would never leave
-            if self.blocks.get(name) != block:  # new, or used in another way than before
+            block, state = block_of(statistic), self.states[name]
+            cut = any(key in state and state[key].shape != value.shape for key, value in parts_of(statistic).items())
+            if self.blocks.get(name) != block or cut:  # new, or used or cut in another way than before
                 self._forget(name, block)
-            if self.mine is not None and name not in self.mine:
-                continue
-            for key, value in parts.items():
-                state[key] = state[key].lerp_(value, weight) if key in state else value
+        self._share()
+        hand_over(self.replicas, found, self.owners)
+        for name, statistic in found.items():
+            if self._is_mine(name):
+                state = self.states[name]
+                for key, value in parts_of(statistic).items():
+                    state[key] = state[key].lerp_(value, weight) if key in state else value
 
     def _forget(self, name: str, block: Block | None) -> None:
         for owner in (name, *([block[2]] if block and block[2] else [])):
@@ -97,45 +117,62 @@ class Factors:
     def refresh(self, damping: float, limit: float | None = None, grad: tree.Params | None = None) -> bool:
         """New inverses at this damping; with a ``limit`` only of kinds whose old ones are further off than that.
 
-        How far off is measured on the gradient, where it matters: with v a row (a column) of it and B the damped factor
-        as it is now, the distance of ``B (B_old^{-1} v)`` from v, relative to v. A kind that has no inverse in float64
-        keeps its old one.
+        How far off is measured on the gradient, where it matters: with v a mix of its rows (columns) and B the damped
+        factor as it is now, the distance of ``B (B_old^{-1} v)`` from v, relative to v. A kind that has no inverse in
+        float64 keeps its old one.
 
         Returns:
             Whether any was made.
         """
-        kinds = self._kinds("factor_a")
-        ready = [all("inverse_a" in self.states[name] for name in names) for names in kinds]
-        off = [0.0 if limit is None else float("inf")] * len(kinds)
+        kinds = self._inverted()
+        off: list[Any] = [math.inf] * len(kinds)
         if limit is not None and grad is not None:
-            measured = [self._off(names, damping, grad) for names, has in zip(kinds, ready, strict=True) if has]
-            if measured:
-                values = iter(torch.stack(measured).tolist())  # one synchronisation
-                off = [next(values) if has else float("inf") for has in ready]
-        due = [names for names, distance in zip(kinds, off, strict=True) if limit is None or not distance <= limit]
+            old = [i for i, names in enumerate(kinds) if all("inverse_a" in self.states[name] for name in names)]
+            if old:
+                measured = torch.stack([self._off(kinds[i], damping, grad) for i in old])
+                for i, distance in zip(old, measured.tolist(), strict=True):  # one synchronisation
+                    off[i] = distance
+        worst = self._worst(kinds, off)
+        due = [names for names in kinds if limit is None or not worst[self._kind(names[0])] <= limit]
         for names in due:
-            inverse = invert(self._joined(names, "factor_a"), self._joined(names, "factor_g"), damping)
+            inverse = invert(
+                self._joined(names, "factor_a"), self._joined(names, "factor_g"), damping, self._cut_shape(names)
+            )
             if inverse is not None:
                 self._keep(names, inverse_a=inverse.a, inverse_g=inverse.g)
                 for name, rank in zip(names, self._by_name(names, inverse.rank.to(inverse.g.dtype)), strict=True):
                     self.states[name]["rank"] = rank
-        return bool(due)
+        return limit is None or not max(worst.values(), default=0.0) <= limit
+
+    def _worst(self, kinds: list[list[str]], off: list[float]) -> dict[Any, float]:
+        """By kind how far off it is, in whatever process: the weights of one kind may be kept by several."""
+        found = dict.fromkeys((self._kind(name) for name in self.blocks if name in self.params), 0.0)
+        for names, distance in zip(kinds, off, strict=True):
+            found[self._kind(names[0])] = distance if distance < math.inf else math.inf  # a NaN has no order
+        return dict(zip(found, self.replicas.largest(list(found.values())), strict=True))
 
     def _off(self, names: list[str], damping: float, grad: tree.Params) -> Tensor:
         matrix = self._matrices(names, grad)
         a, g = (self._joined(names, key) for key in ("factor_a", "factor_g"))
-        shifts = split_damping(a, g, damping)
+        shape = self._cut_shape(names)
+        shifts = split_damping(a, g, damping, shape)
         inverses = [self._joined(names, key) for key in ("inverse_a", "inverse_g")]
         worst = []
         for side, factor, inverse, shift in zip((-2, -1), (a, g), inverses, shifts, strict=True):
-            v, shift = matrix.mean(side), shift[:, None].to(matrix.dtype)
-            if factor.ndim < g.ndim:
+            # Not their plain sum: over the classes of a softmax that is zero, and its direction rounding.
+            mix = torch.arange(matrix.shape[side], dtype=matrix.dtype, device=matrix.device).cos()
+            v = mix @ matrix if side == -2 else matrix @ mix
+            diagonal = factor.ndim < g.ndim
+            if shape is not None:
+                v = v[:, None] if diagonal else tiles.cut(v[..., None], factor)[..., 0]
+            shift = shift.view(-1, *[1] * (v.ndim - 1)).to(matrix.dtype)
+            if diagonal:
                 back = inverse * v * (factor + shift)
             else:
                 u = (inverse @ v[..., None])[..., 0]
                 back = (factor @ u[..., None])[..., 0] + shift * u
-            length = v.norm(dim=-1)
-            worst.append(((back - v).norm(dim=-1) / length).where(length > 0, 0.0).amax())
+            length = v.flatten(1).norm(dim=-1)
+            worst.append(((back - v).flatten(1).norm(dim=-1) / length).where(length > 0, 0.0).amax())
         return torch.stack(worst).amax()
 
     # -- the direction ----------------------------------------------------------------------------------------------
@@ -151,18 +188,22 @@ class Factors:
                 total += state["rank"].sum()
             elif "diagonal" in state:
                 total += (state["diagonal"] / (state["diagonal"] + damping)).sum()
+        self.replicas.sum_([total])
         return total
 
     @precise
     def direction(self, grad: tree.Params, damping: float) -> tree.Params:
-        """``-B^{-1} grad`` with the inverses at hand, of the parameters whose curvature is kept here."""
+        """``-B^{-1} grad`` with the inverses at hand, of the parameters whose curvature is kept here or elsewhere."""
         found: tree.Params = {}
-        for names in self._kinds(self.ready):
+        for names in self._kinds(*self.ready):
             self._take(names, self._natural(names, self._matrices(names, grad), damping), grad, found)
         for name, state in self.states.items():
-            if name not in found and (self.mine is None or name in self.mine):
+            if name not in found and self._is_mine(name):
                 curvature = state.get("diagonal", 0.0)  # none yet for what the loss does not reach
                 found[name] = (-grad[name] / (curvature + damping)).to(grad[name].dtype)
+        if self.replicas.size > 1:
+            found = {name: found[name] if name in found else torch.zeros_like(g) for name, g in grad.items()}
+            self.replicas.sum_(list(found.values()))
         return found
 
     def _natural(self, names: list[str], matrix: Tensor, damping: float) -> Tensor:
@@ -190,18 +231,28 @@ class Factors:
 
     # -- kinds ------------------------------------------------------------------------------------------------------
 
-    def _kinds(self, key: str) -> list[list[str]]:
-        """Names of weights that have ``key``, those whose matrices have one shape together."""
+    def _kinds(self, *keys: str) -> list[list[str]]:
+        """Names of weights that have one of the ``keys``, those whose matrices have one shape together."""
         kinds: dict[Any, list[str]] = {}
-        for name, (groups, transposed, bias) in self.blocks.items():
-            state = self.states.get(name, {})
-            if key not in state:
-                continue
-            a, g = state["factor_a"], state["factor_g"]
-            # A weight of several matrices is many at once already.
-            kind = name if groups > 1 else (transposed, bias is not None, a.shape, g.shape, a.dtype, a.device)
-            kinds.setdefault(kind, []).append(name)
+        for name in self.blocks:
+            if any(key in self.states.get(name, {}) for key in keys):
+                kinds.setdefault(self._kind(name), []).append(name)
         return list(kinds.values())
+
+    def _inverted(self) -> list[list[str]]:
+        """The kinds whose factors are inverted."""
+        return self._kinds("factor_a")
+
+    def _cut_shape(self, names: list[str]) -> tuple[int, int] | None:
+        """(m, n) of the matrices of a kind if their factors are in parts, whose shapes do not tell."""
+        groups, m, n, _ = sizes(self.params[names[0]], self.blocks[names[0]])
+        return (m, n) if self.states[names[0]]["factor_g"].ndim > (2 if groups == 1 else 3) else None
+
+    def _kind(self, name: str) -> Any:
+        """What weights have in common that are dealt with at once."""
+        p, (groups, transposed, bias) = self.params[name], self.blocks[name]
+        # A weight of several matrices is many at once already.
+        return name if groups > 1 else (transposed, bias is not None, *sizes(p, self.blocks[name]), p.dtype, p.device)
 
     def _joined(self, names: list[str], key: str) -> Tensor:
         """The tensors of a kind as one, [K, ...]: without a copy if that is what they are parts of."""

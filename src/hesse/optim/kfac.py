@@ -9,9 +9,9 @@ case without the second direction, Levenberg-Marquardt the one in which the fact
 The damping obeys two judges. The trust ratio compares the change of the loss with the one the model promised: below
 1/4 the damping grows. But a batch is its own best advocate: a model with more parameters than examples fits any batch,
 the ratio stays near 1 and says nothing of where to stop. So the damping is led to where the curvature has a given
-**effective dimension**, sum_i f_i / (f_i + damping): a twelfth of the parameters, or half a direction for each term of
-the loss if that is more. It is a place in the spectrum, not a number in the loss's units: networks of every kind train
-fastest at dampings four decades apart, and at nearly the same share of their spectrum (docs/damping.md).
+**effective dimension**, sum_i f_i / (f_i + damping): a tenth of the parameters, or a quarter of a direction for each
+term of the loss if that is more. It is a place in the spectrum, not a number in the loss's units: networks of every
+kind train fastest at dampings four decades apart, and at nearly the same share of their spectrum (docs/damping.md).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,19 +40,20 @@ from hesse.optim.corrected import Corrected
 from hesse.optim.factors import Factors
 from hesse.optim.modelled import TRUST, Modelled, loss_at
 from hesse.optim.penalty import Penalty
+from hesse.optim.shares import draw
 
 __all__ = ["KFAC"]
 
 BURN_IN = 10  # first steps, each with fresh statistics: the factors are then averages of ten batches
 PATCHES = 2048  # of a convolution's inputs that go into its factor
 PERIOD = 3  # steps between later statistics: they change slowly and cost as much as a step of AdamW
-MEMORY = 0.85  # of the statistics, an update: about the last twenty steps
+MEMORY = 0.9  # of the statistics, an update: about the last thirty steps
 STALE = 0.3  # how far the inverses may be off, relative to the gradient
-SHARE = 1 / 12  # of the parameters, as effective dimension: a plateau from 1/25 to 1/6 on the training benchmark
-PER_TERM = 0.5  # effective dimensions that a term of the loss answers for, where terms outnumber parameters
-FAST = 0.6  # factor of the damping a step, at most
+SHARE = 0.1  # of the parameters, as effective dimension: a plateau from 1/25 to 1/6 on the training benchmark
+PER_TERM = 0.25  # effective dimensions that a term of the loss answers for, where terms outnumber parameters
+FAST = 0.4  # factor of the damping a step, at most
 GENTLE = 0.85  # factor of the damping after a bad trust ratio
-HARSH = 2.0  # factor of the damping after a rejected step
+HARSH = 1.5  # factor of the damping after a rejected step
 CALIBRATION = 12  # decades of damping tried at most on the first batch
 RANGE = (1e-8, 1e4)  # of the damping: beyond it the way back takes hundreds of steps
 TRUSTED = 50  # steps for which products by differences are used before they are compared again
@@ -83,7 +85,8 @@ class Point:
     def trial(self, update: tree.Params) -> tuple[tree.Params, float]:
         """The parameters after an update, and the value there."""
         there = {name: self.penalty.end(name, p + update[name]) for name, p in self.params.items()}
-        return there, float(loss_at(self.objective, there)) + self.penalty.value(there)
+        (value,) = self.objective.replicas.mean(float(loss_at(self.objective, there)) + self.penalty.value(there))
+        return there, value
 
 
 class KFAC(Modelled):
@@ -100,16 +103,24 @@ class KFAC(Modelled):
     A step that would raise the loss of its own batch, or meets a NaN, is not taken: the parameters stay, the damping
     doubles, and the rejection is counted.
 
+    With ``KFAC(DistributedDataParallel(model))`` and closures of the same, every process has its part of the batch, and
+    keeps and inverts the factors of its part of the weights; its ``state_dict`` holds those. The steps are those of one
+    process on the whole batch if the parts are of one size; if not, each part counts the same, as DDP has it. All must
+    come to ``step``, and a part with a NaN makes all reject it. Buffers, such as a BatchNorm's, are each one's own.
+
     What it found is in ``param_groups[0]``: ``lr``, ``momentum``, ``damping``, ``trust_ratio``,
     ``effective_dimension``, ``rejections``, ``steps``; ``products``, how the quadratic model's products are formed,
     "differences" as long as they agree with exact ones ("forward"); and ``blocks``: which weights have a Kronecker
     block, with the number of its matrices, whether they are transposed, and the bias it takes in.
 
     Args:
-        model: the module to train; its trainable parameters are optimised.
+        model: the module to train, or a ``DistributedDataParallel`` around it; its trainable parameters are optimised.
         lr, momentum, damping: None to be found. A number is kept: learning-rate schedulers then act on it.
         ekfac: correct the eigenvalues of the blocks (George et al., 2018): dearer steps, better curvature where
-            inputs and gradients are not independent.
+            inputs and gradients are not independent. Not for weights with a side above ``max_dim``.
+        max_dim: the largest Kronecker factor. A side of a weight's matrix (the bias is a column) that is longer is cut
+            into equal parts, each with a factor of its own: memory and time of a factor then grow with the side, not
+            with its square and cube. An embedding's side of rows always has a diagonal.
         weight_decay: L2, a part of what is minimised: ``weight_decay / 2 ||x||^2``.
         decoupled_weight_decay: shrink the weights by ``lr * weight_decay`` a step instead.
         l1: a part of what is minimised, ``l1 ||x||_1``; weights become exactly zero.
@@ -119,7 +130,8 @@ class KFAC(Modelled):
         TypeError: the first argument is not a module; or, at a step, the closure is not one of
             :func:`hesse.closure`, or its loss has no Gauss-Newton factor, as :func:`hesse.curvature.output_curvature`
             says.
-        ValueError: no parameter is trainable; or, at a step, the closure is of another model.
+        ValueError: no parameter is trainable; ``max_dim`` is out of its range; or, at a step, the closure is of
+            another model.
 
     References:
         Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, ICML 2015.
@@ -142,6 +154,8 @@ class KFAC(Modelled):
         [1.0, 2.0, 3.0]
     """
 
+    spreads = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -150,16 +164,20 @@ class KFAC(Modelled):
         momentum: float | None = None,
         damping: float | None = None,
         ekfac: bool = False,
+        max_dim: int = 2048,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         l1: float = 0.0,
         maximize: bool = False,
     ) -> None:
+        if not (isinstance(max_dim, int) and max_dim >= 1):
+            raise ValueError(f"Invalid max_dim: {max_dim!r}. It has to be a whole number of at least 1.")
         settings: dict[str, Any] = {
             "lr": 0.0,
             "momentum": 0.0,
             "damping": 1.0,
             "ekfac": ekfac,
+            "max_dim": max_dim,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "l1": l1,
@@ -173,6 +191,11 @@ class KFAC(Modelled):
             "blocks": {},
         }
         super().__init__(model, settings, {"lr": lr, "momentum": momentum, "damping": damping})
+        if ekfac and self.replicas.size > 1:
+            raise ValueError(
+                f"ekfac=True works in one process, and the model is a DistributedDataParallel over "
+                f"{self.replicas.size}: every one would need all eigenbases. Leave it out."
+            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -190,8 +213,9 @@ class KFAC(Modelled):
             return None
         objective = self._turned(self._objective_of(closure))
         group, params = self.param_groups[0], self._params()
-        factors = (Corrected if group["ekfac"] else Factors)(self.state, params, group["blocks"])
-        fresh = group["steps"] < BURN_IN or group["steps"] % PERIOD == 0 or not factors.known
+        factors = (Corrected if group["ekfac"] else Factors)(self.state, params, group["blocks"], self.replicas)
+        scheduled = group["steps"] < BURN_IN or group["steps"] % PERIOD == 0
+        fresh = scheduled or not self.replicas.all(factors.known)
         kept = {name: b.clone() for name, b in self.model.named_buffers()}
 
         with torch.enable_grad():
@@ -201,6 +225,8 @@ class KFAC(Modelled):
             loss = objective.loss_fn(outputs, objective.targets)
         curvature = output_curvature(objective.loss_fn, outputs, objective.targets)
         grad = self._gradients(loss, params, retain=fresh)
+        loss = loss.detach().clone()
+        self.replicas.mean_([loss])
         value = float(loss)
         if not (math.isfinite(value) and tree.is_finite(grad)):
             for name, b in self.model.named_buffers():
@@ -209,10 +235,13 @@ class KFAC(Modelled):
             return self._given(loss)
 
         penalty = Penalty.of(group, params)
-        value, grad = value + penalty.value(params), penalty.slope(params, grad)
+        # The last digit of a sum depends on where in memory it lies, so even what all processes have is averaged.
+        added, terms = self.replicas.mean(penalty.value(params), curvature.terms)
+        value, terms, grad = value + added, terms * self.replicas.size, penalty.slope(params, grad)
         if fresh:
             group["updates"] += 1
-            found = self._statistics(uses, params, outputs, curvature, factors)
+            r = draw(objective, outputs, curvature, group["steps"])
+            found = self._statistics(uses, params, outputs, curvature, r, factors)
             factors.learn(found, max(1 / group["updates"], 1 - MEMORY))
             group["blocks"] = factors.blocks
             if (
@@ -234,7 +263,7 @@ class KFAC(Modelled):
         update = tree.add(*zip(step, plane, strict=True))
         there, after = point.trial(update)
         group["steps"] += 1
-        if self._judge(after - value, model.value(step, penalty.curvature), value, curvature.terms):
+        if self._judge(after - value, model.value(step, penalty.curvature), value, terms):
             group["lr"], group["momentum"] = step[0], step[1] if last else group["momentum"]
             self._move(params, there, update)
         else:
@@ -246,22 +275,27 @@ class KFAC(Modelled):
     def _gradients(self, loss: Tensor, params: tree.Params, retain: bool) -> tree.Params:
         """Gradients in float32 at least and dense, left in ``.grad`` as they came."""
         found = torch.autograd.grad(loss, list(params.values()), retain_graph=retain, allow_unused=True)
-        grad = {}
-        for (name, p), g in zip(params.items(), found, strict=True):
-            p.grad = g if g is None or not self.param_groups[0]["maximize"] else -g
-            grad[name] = torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
+        given = [torch.zeros_like(p) if g is None else g for p, g in zip(params.values(), found, strict=True)]
+        grad = {name: g.to_dense() if g.is_sparse else g for name, g in zip(params, given, strict=True)}
+        if self.replicas.size > 1:
+            grad = {name: g.contiguous() for name, g in grad.items()}
+            self.replicas.mean_(list(grad.values()))
+            given = list(grad.values())
+        for p, old, g in zip(params.values(), found, given, strict=True):
+            p.grad = None if old is None else -g if self.param_groups[0]["maximize"] else g
         return grad
 
     @precise
     def _statistics(
-        self, uses: Uses, params: tree.Params, outputs: Tensor, curvature: OutputCurvature, factors: Factors
+        self, uses: Uses, params: tree.Params, outputs: Tensor, curvature: OutputCurvature, r: Tensor, factors: Factors
     ) -> Statistics:
-        bases = factors.bases()
+        bases, max_dim = factors.bases(), self.param_groups[0]["max_dim"]
 
         def values(block: Block, pairs: Sequence[tuple[Use, Tensor]], batch: int) -> Tensor | None:
             return turned_squares(block, pairs, bases[block.weight], batch) if block.weight in bases else None
 
-        return statistics(uses, params, outputs, curvature, patches=PATCHES, values=values)
+        patches = max(1, PATCHES // self.replicas.size)
+        return statistics(uses, params, outputs, curvature, patches=patches, draw=r, values=values, max_dim=max_dim)
 
     def _model(self, point: Point, plane: Sequence[tree.Params]) -> QuadraticModel:
         """The quadratic model on the plane, by differences as long as they agree with exact products."""
@@ -272,10 +306,16 @@ class KFAC(Modelled):
             group["products"] = "forward"
         elif group["steps"] % TRUSTED == 0:
             product = exact(plane[0])
-            off = (quick(plane[0]) - product).norm() / product.norm()
-            group["products"] = "differences" if bool(off <= AGREE) else "forward"
+            off, whole = self.replicas.mean(
+                *torch.stack([(quick(plane[0]) - product).norm(), product.norm()]).square().tolist()
+            )
+            group["products"] = "differences" if off <= AGREE**2 * whole else "forward"
         along = quick if group["products"] == "differences" else exact
-        return quadratic_model(point.objective, point.curvature.product, point.grad, plane, along)
+        model = quadratic_model(point.objective, point.curvature.product, point.grad, plane, along)
+        rows = [model.slope, *model.curvature, *model.gram]
+        entries = iter(self.replicas.mean(*chain(*rows)))
+        slope, *square = [[next(entries) for _ in row] for row in rows]
+        return QuadraticModel(slope, square[: len(plane)], square[len(plane) :])
 
     def _judge(self, change: float, promised: float, value: float, terms: float) -> bool:
         """Whether to take a step that changes the loss by ``change``, ``promised`` < 0 being expected; sets damping."""
@@ -290,8 +330,7 @@ class KFAC(Modelled):
         if group["trust_ratio"] < TRUST[0]:
             self._scale_damping(1 / GENTLE)
         elif group["trust_ratio"] > TRUST[1] or excess > 1:
-            # Of most spectra the effective dimension falls about as the root of the damping.
-            self._scale_damping(min(max(excess**0.5, FAST), 1 / FAST))
+            self._scale_damping(min(max(excess, FAST), 1 / FAST))
         return True
 
     def _scale_damping(self, factor: float) -> None:

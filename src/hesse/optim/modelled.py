@@ -22,6 +22,7 @@ from hesse import tree
 from hesse.curvature.losses import FORMS, function_of
 from hesse.curvature.product import working
 from hesse.objective import Objective
+from hesse.objective.replicas import Replicas, inner
 from hesse.optim.base import Base, closure_inside, follow, wide
 
 __all__ = ["TRUST", "Modelled", "Place", "loss_at"]
@@ -34,7 +35,8 @@ class Modelled(Base):
     """An optimiser of all trainable parameters of a module, in one group.
 
     Args:
-        model: the module; ``self.model`` is the one that closures are of.
+        model: the module that closures are of, or a ``DistributedDataParallel`` around it. ``self.model`` is the module
+            itself, ``self.replicas`` the processes that have copies of it.
         settings: of the group, by name. Those that are None in ``fixed`` are found by the optimiser.
         fixed: settings that the user may fix: those that are not None are put into the group, and their names into
             ``group["fixed"]``; such a setting is never changed by the optimiser (learning-rate schedulers may).
@@ -44,6 +46,8 @@ class Modelled(Base):
         ValueError: no parameter is trainable, or a setting is out of its range.
     """
 
+    spreads = False  # whether it can train copies of a model in several processes
+
     def __init__(self, model: nn.Module, settings: dict[str, Any], fixed: dict[str, Any] | None = None) -> None:
         kind = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -51,7 +55,7 @@ class Modelled(Base):
                 f"{kind} takes the module, not its parameters: it needs the layers. "
                 f"Got {type(model).__name__}; write {kind}(model)."
             )
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        named = [(name, p) for name, p in inner(model).named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("The model has no trainable parameter; did requires_grad_(False) freeze them all?")
         for name, p in named:
@@ -62,11 +66,16 @@ class Modelled(Base):
                 )
         given = {name: value for name, value in (fixed or {}).items() if value is not None}
         super().__init__(named, {**settings, **given, "fixed": tuple(given)})
-        self.model = model
+        self.model, self.replicas = inner(model), Replicas(model)
+        if self.replicas.size > 1 and not self.spreads:
+            raise TypeError(
+                f"{kind} works in one process, and the model is a DistributedDataParallel over {self.replicas.size}. "
+                "KFAC and the optimisers that step along .grad train in several."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle take along; torch's own drops all but its three fields."""
-        return {**super().__getstate__(), "model": self.model}
+        return {**super().__getstate__(), "model": self.model, "replicas": self.replicas}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: the layers, and with them the parameters, are those of the model."""
@@ -91,7 +100,7 @@ class Modelled(Base):
                 f"{kind}.step takes hesse.closure(model, loss_fn, batch), which carries outputs and loss apart; got "
                 f"{type(closure).__name__}. A plain closure hides what the curvature needs."
             )
-        if found.model is not self.model:
+        if found.objective.model is not self.model or found.objective.replicas.group is not self.replicas.group:
             raise ValueError(
                 f"The closure is of another model than the one given to {kind}. Build both from the same object."
             )

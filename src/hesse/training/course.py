@@ -22,6 +22,7 @@ from hesse.files import write_json
 from hesse.finding import Finding
 from hesse.multimodal import FusedModel
 from hesse.objective import closure
+from hesse.objective.replicas import Replicas
 from hesse.training import checkpoint
 from hesse.training.evaluate import LOSSES, evaluate
 from hesse.training.loop import (
@@ -58,7 +59,8 @@ class Course:
     def recorded(self) -> Iterator[None]:
         """Write the configuration and the schema, with a status that stays true: running, interrupted, finished."""
         self._write("running")
-        write_json(self.folder / "columns.json", self.plan.schema.to_json())
+        if self.plan.team.first:
+            write_json(self.folder / "columns.json", self.plan.schema.to_json())
         try:
             yield
         except KeyboardInterrupt:
@@ -67,7 +69,8 @@ class Course:
         self._write("finished")
 
     def _write(self, status: str) -> None:
-        write_json(self.folder / "config.json", {**self.config, "status": status})
+        if self.plan.team.first:
+            write_json(self.folder / "config.json", {**self.config, "status": status})
 
 
 def beside(course: Course, name: str, seconds: float) -> Course:
@@ -101,17 +104,17 @@ def follow(course: Course, screen: Screen, interrupted: threading.Event, checked
             for rows, hidden in batches(plan, state.epoch)[state.batch :]:
                 loss = take_step(plan, state, rows, hidden)
                 bar.step(state, loss)
-                if interrupted.is_set():
-                    _save(folder, state)
+                if not Replicas(state.replica).all(not interrupted.is_set()):  # any process
+                    _save(course, state)
                     raise KeyboardInterrupt
                 if out_of_time(plan, state) or (not math.isfinite(loss) and diverged(state)):
                     break
             bar.epoch(judge(plan, state))
             if time.monotonic() - saved >= SAVED:
-                _save(folder, state)
+                _save(course, state)
                 saved = time.monotonic()
-    _save(folder, state)
-    if state.best:
+    _save(course, state)
+    if state.best and plan.team.first:
         part = "test" if len(plan.positions["test"]) else "valid"
         # The model as it lies on disk is judged: it is what predicts.
         record = evaluate(plan.schema, Run(folder).model(), plan.data, plan.positions, part)
@@ -119,10 +122,12 @@ def follow(course: Course, screen: Screen, interrupted: threading.Event, checked
     return state
 
 
-def _save(folder: Path, state: State) -> None:
+def _save(course: Course, state: State) -> None:
+    if not course.plan.team.first:
+        return
     if state.best:
-        write_model(folder, state.best)
-    checkpoint.save(folder, state)
+        write_model(course.folder, state.best)
+    checkpoint.save(course.folder, state)
 
 
 def _begin(course: Course, screen: Screen, checked: bool) -> State:
@@ -130,7 +135,8 @@ def _begin(course: Course, screen: Screen, checked: bool) -> State:
     plan = course.plan
     torch.default_generator.manual_seed(plan.seed)  # torch.manual_seed would disturb the caller's devices too
     model = FusedModel(plan.schema.model_settings(), plan.schema.outputs)
-    state = start(model, make_optimizer(course.config["optimizer"], model, course.config["lr"]))
+    replica = plan.team.replica(model)
+    state = start(model, make_optimizer(course.config["optimizer"], replica, course.config["lr"]), replica)
     if (course.folder / checkpoint.CHECKPOINT).exists():
         checkpoint.restore(course.folder, state)
     elif checked:

@@ -24,6 +24,7 @@ from hesse.training.optimizers import batch_size as usual_batch_size
 from hesse.training.optimizers import refuse_optimizer
 from hesse.training.run import Run, clear, refuse_used
 from hesse.training.screen import Screen
+from hesse.training.team import Team, joined
 
 __all__ = ["train"]
 
@@ -31,6 +32,7 @@ EPOCHS = 40
 PATIENCE = 8  # epochs without a better validation loss; the average lags behind, so a few are not yet a verdict
 
 
+@joined()
 def train(
     table: Any,
     target: str,
@@ -54,6 +56,9 @@ def train(
     verbose: bool = True,
 ) -> Run:
     """Train a model that predicts ``target`` from the other columns of a table.
+
+    Started by ``torchrun``, several processes share the rows of each batch and take the steps of one. Only the first
+    writes and speaks. A run that they resume makes the K-FAC factors anew that other processes than the first kept.
 
     Args:
         table: a path (CSV, TSV, JSON lines, Parquet) or any data frame with ``__arrow_c_stream__`` (pandas, polars,
@@ -115,7 +120,8 @@ def train(
         seed=seed,
     )
     folder = call.default_folder(table, target) if out is None else Path(out)
-    screen = Screen(quiet=not verbose)
+    team = Team.present()
+    screen = Screen(quiet=not (verbose and team.first))
     resumed = Run(folder) if resume else None
     if resumed is None:
         refuse_used(folder, overwrite)
@@ -141,11 +147,12 @@ def train(
     screen.columns(schema, source.name, len(source))
     with screen.decoding("reading files") as progress:
         data = encode(schema, source, root=root, skip_bad_rows=settings["skip_bad_rows"], progress=progress)
-    plan = _plan(settings, schema, data, parts, source.name)
+    plan = _plan(settings, schema, data, parts, source.name, team)
 
     begun = call.record(schema, source) | {"notes": list(notes)} if resumed is None else resumed.config
     config = begun | call.repeated(table, target, given) | settings | _decided(plan)
-    if overwrite:
+    team.wait()  # until all have seen that the folder may be used
+    if overwrite and team.first:
         clear(folder)
     course = Course(folder, config, plan)
     try:
@@ -158,8 +165,9 @@ def train(
                     follow(other, screen, interrupted, checked=False)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(folder, table, target, given)) from None
+    team.wait()  # until all is written
     run = Run(folder)
-    report = run.report()
+    report = run.report() if team.first else folder / "report.html"
     if not state.best:
         raise InputError(
             "diverged",
@@ -173,7 +181,9 @@ def train(
     return run
 
 
-def _plan(settings: Mapping[str, Any], schema: Schema, data: Dataset, parts: Mapping[str, Any], table: str) -> Plan:
+def _plan(
+    settings: Mapping[str, Any], schema: Schema, data: Dataset, parts: Mapping[str, Any], table: str, team: Team
+) -> Plan:
     """What was asked for, and where nothing was asked, what suits the number of rows."""
     positions = {name: data.positions(rows) for name, rows in parts.items()}
     for name in ("train", "valid"):
@@ -194,6 +204,7 @@ def _plan(settings: Mapping[str, Any], schema: Schema, data: Dataset, parts: Map
         epochs=EPOCHS if free else settings["epochs"],
         seconds=settings["seconds"],
         patience=PATIENCE if free else None,
+        team=team,
     )
 
 

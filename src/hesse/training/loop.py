@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from hesse import tree
@@ -21,8 +21,10 @@ from hesse.finding import Finding
 from hesse.health.monitor import Monitor
 from hesse.multimodal import Dataset, FusedModel, Schema
 from hesse.objective import closure
+from hesse.objective.replicas import Replicas
 from hesse.training.average import averaged
 from hesse.training.evaluate import LOSSES, known_targets, outputs, score
+from hesse.training.team import Team
 
 __all__ = ["Plan", "State", "batches", "diverged", "finished", "judge", "out_of_time", "start", "take_step"]
 
@@ -40,6 +42,7 @@ class Plan:
         epochs: most epochs, or None.
         seconds: most seconds of training, evaluation not counted, or None.
         patience: stop after so many epochs without a better validation loss, or None.
+        team: the processes that train.
     """
 
     schema: Schema
@@ -50,6 +53,7 @@ class Plan:
     epochs: int | None
     seconds: float | None
     patience: int | None
+    team: Team = field(default_factory=Team)
 
 
 @dataclass
@@ -57,6 +61,7 @@ class State:
     """What changes: the model and its average, the optimiser, the position, the best so far and the records.
 
     Attributes:
+        replica: the model as it is called: itself, or with gradients that are averaged over several processes.
         epoch, batch, step: how many were completed; ``batch`` of the epoch under way.
         seconds: of training, evaluation not counted.
         loss_sum: over the rows of the epoch under way.
@@ -70,6 +75,7 @@ class State:
     average: AveragedModel
     optimizer: torch.optim.Optimizer
     monitor: Monitor
+    replica: nn.Module
     epoch: int = 0
     batch: int = 0
     step: int = 0
@@ -88,9 +94,9 @@ class State:
         return [*self.earlier, *self.monitor.findings]
 
 
-def start(model: FusedModel, optimizer: torch.optim.Optimizer) -> State:
+def start(model: FusedModel, optimizer: torch.optim.Optimizer, replica: nn.Module | None = None) -> State:
     """The state before the first step."""
-    return State(model, averaged(model), optimizer, Monitor(model))
+    return State(model, averaged(model), optimizer, Monitor(model), replica or model)
 
 
 def batches(plan: Plan, epoch: int) -> list[tuple[Tensor, Tensor]]:
@@ -105,18 +111,19 @@ def batches(plan: Plan, epoch: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def take_step(plan: Plan, state: State, rows: Tensor, hidden: Tensor) -> float:
-    """One optimiser step on ``rows``; returns the loss before it."""
+    """One optimiser step on ``rows``, of which each process computes its share; returns the loss before it."""
     began = time.perf_counter()
-    inputs, targets = plan.data.batch(rows)
+    inputs, targets = plan.data.batch(plan.team.share(rows))
+    hidden = plan.team.share(hidden)
     for column, (key, (values, present)) in enumerate(inputs.items()):
         inputs[key] = (values, present & ~hidden[:, column])
     batch = state.model.prepare(inputs), targets
-    loss = float(state.optimizer.step(closure(state.model, LOSSES[plan.schema.task], batch)))  # type: ignore[arg-type]
+    loss = float(state.optimizer.step(closure(state.replica, LOSSES[plan.schema.task], batch)))  # type: ignore[arg-type]
     state.average.update_parameters(state.model)
     state.step += 1
     state.batch += 1
     state.loss_sum += loss * len(rows)
-    state.seconds += time.perf_counter() - began
+    state.seconds += Replicas(state.replica).largest([time.perf_counter() - began])[0]
     state.monitor.step(loss=loss)
     group = state.optimizer.param_groups[0]
     tuned = {name: float(group[name]) for name in TUNED if name in group}
@@ -129,7 +136,7 @@ def judge(plan: Plan, state: State) -> dict[str, Any]:
     seen = min(state.batch * plan.batch_size, len(plan.positions["train"]))
     valid = plan.positions["valid"]
     out, targets = outputs(state.average.module, plan.data, valid), known_targets(plan.data, valid)
-    loss = float(LOSSES[plan.schema.task](out, targets))
+    (loss,) = Replicas(state.replica).mean(float(LOSSES[plan.schema.task](out, targets)))  # one verdict for all
     better = loss < state.best_loss
     state.epoch += 1
     if better:
