@@ -95,7 +95,7 @@ def draw_own_batch(steps: int = 24) -> None:
             label = f"by the {judge}" if i == 0 else None
             panels[2].plot([d / dampings[0] for d in dampings], color=colour, linewidth=1.1, label=label)
     panels[2].set(yscale="log", xlabel="step", ylabel="damping, relative to the first")
-    panels[2].set_title("six networks; three in ten labels are random", fontsize=9)
+    panels[2].set_title("six networks; of five, three in ten labels are random", fontsize=9)
     panels[2].legend(frameon=False, fontsize=8, loc="lower left")
     save(figure, "damping-own-batch")
 

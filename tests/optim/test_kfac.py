@@ -544,3 +544,64 @@ def test_many_rejections_leave_a_damping_that_can_come_back() -> None:
         optimizer.step(hesse.closure(model, nn.functional.mse_loss, (torch.full((8, 3), math.nan), torch.zeros(8, 1))))
     assert optimizer.param_groups[0]["rejections"] == 60
     assert optimizer.param_groups[0]["damping"] == 1e4
+
+
+def test_settings_that_are_fixed_stay_and_schedulers_act_on_them() -> None:
+    p = problem("mlp, cross-entropy")
+    optimizer = KFAC(p.model, lr=0.2, momentum=0.5, damping=1e-2)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    losses = train(optimizer, p, 3)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["damping"]) == (0.2, 0.5, 1e-2)
+    scheduler.step()
+    losses += train(optimizer, p, 3)
+    assert group["lr"] == 0.1
+    assert losses[-1] < losses[0]
+
+
+def test_where_the_damping_is_fixed_a_step_that_is_too_long_is_shortened() -> None:
+    """Otherwise every step at a damping that is too small would be rejected, for ever."""
+    losses = []
+    for damping in (1e-6, None):
+        p = problem("convnet, grouped")
+        optimizer = KFAC(p.model, damping=damping)
+        losses.append(train(optimizer, p, 15))
+        assert optimizer.param_groups[0]["rejections"] < 8
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_l1_leaves_exact_zeros_and_the_optimum_of_the_penalised_loss() -> None:
+    """At the optimum a weight is zero with a slope below l1, or has a slope of -l1 times its sign."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 12, dtype=torch.float64)
+    y = x[:, :3] @ torch.tensor([[2.0], [-1.0], [0.5]], dtype=torch.float64) + 0.1 * torch.randn(200, 1).double()
+    model = nn.Linear(12, 1, bias=False, dtype=torch.float64)
+    optimizer = KFAC(model, l1=0.2, weight_decay=0.1)
+    train(optimizer, Problem(model, F.mse_loss, (x, y)), 60)
+    w = model.weight.detach()
+    model.zero_grad()
+    F.mse_loss(model(x), y).backward()
+    slope = model.weight.grad + 0.1 * w
+    assert int((w == 0).sum()) >= 8
+    assert bool((slope[w == 0].abs() <= 0.2).all())
+    torch.testing.assert_close(slope[w != 0], -0.2 * w[w != 0].sign(), atol=1e-4, rtol=0)
+
+
+def test_products_by_differences_give_way_to_exact_ones_where_they_do_not_agree() -> None:
+    class Coarse(nn.Module):
+        """Outputs rounded to four bits in the forward pass, as a kernel of low precision does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            return y + ((8 * y).round() / 8 - y).detach()
+
+    for model, expected in ((nn.Linear(5, 3), "differences"), (Coarse(), "forward")):
+        torch.manual_seed(0)
+        p = Problem(model, F.mse_loss, (torch.randn(32, 5), torch.randn(32, 3)))
+        optimizer = KFAC(model)
+        train(optimizer, p, 1)
+        assert optimizer.param_groups[0]["products"] == expected

@@ -7,6 +7,7 @@ import functools
 import io
 import math
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -243,7 +244,13 @@ OF_FOUR = ("mlp, cross-entropy", "convnet", "text", "deep", "broken", "resumed",
 
 
 def run(rank: int, size: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=60),  # processes that have parted wait for each other
+    )
     torch.set_num_threads(1)
     try:
         cases = OF_FOUR if size == 4 else CASES

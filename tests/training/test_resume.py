@@ -73,7 +73,7 @@ def records(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("optimizer", ["kfac", "adamw", "lbfgs", "sgd"])
+@pytest.mark.parametrize("optimizer", ["kfac", "shampoo", "soap", "adamw", "lbfgs", "sgd"])
 @pytest.mark.parametrize("step", [2, 4])
 def test_interrupted_within_an_epoch_and_resumed_is_uninterrupted(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, step: int

@@ -17,7 +17,7 @@ def train(
     table: Annotated[Path, typer.Argument(help="CSV, TSV, JSON lines or Parquet.")],
     target: Annotated[str, typer.Option(help="The column to predict.")],
     out: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/TABLE-TARGET]")] = None,
-    optimizer: Annotated[str, typer.Option(help="kfac, adamw, adam, adagrad, sgd or lbfgs.")] = "kfac",
+    optimizer: Annotated[str, typer.Option(help="kfac, soap, shampoo, adamw, adam, adagrad, sgd or lbfgs.")] = "kfac",
     lr: Annotated[float | None, typer.Option(help="Learning rate; kfac finds its own.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="How many.  [default: at most 40]")] = None,
     seconds: Annotated[float | None, typer.Option(min=0, help="Most seconds of training.")] = None,

@@ -11,7 +11,7 @@ The damping obeys two judges. The trust ratio compares the change of the loss wi
 the ratio stays near 1 and says nothing of where to stop. So the damping is led to where the curvature has a given
 **effective dimension**, sum_i f_i / (f_i + damping): a tenth of the parameters, or a quarter of a direction for each
 term of the loss if that is more. It is a place in the spectrum, not a number in the loss's units: networks of every
-kind train fastest at dampings four decades apart, and at nearly the same share of their spectrum (docs/damping.md).
+kind train fastest at dampings many decades apart, and over a far narrower range of shares (docs/damping.md).
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ PER_TERM = 0.25  # effective dimensions that a term of the loss answers for, whe
 FAST = 0.4  # factor of the damping a step, at most
 GENTLE = 0.85  # factor of the damping after a bad trust ratio
 HARSH = 1.5  # factor of the damping after a rejected step
+SHORTER = 4  # lengths tried where the damping is fixed, each a quarter of the one before
 CALIBRATION = 12  # decades of damping tried at most on the first batch
 RANGE = (1e-8, 1e4)  # of the damping: beyond it the way back takes hundreds of steps
 TRUSTED = 50  # steps for which products by differences are used before they are compared again
@@ -98,10 +99,11 @@ class KFAC(Modelled):
     Every other parameter (used in a way of its own, parametrised, an embedding tied to the head) gets the diagonal of
     the sampled Fisher matrix, inside the same quadratic model: none is left out.
 
-    A step costs two to three of AdamW's: a forward and a backward pass, two forward passes for the quadratic model, one
-    that judges the step before it is taken, and every few steps a sampled backward pass and Cholesky factorisations.
-    A step that would raise the loss of its own batch, or meets a NaN, is not taken: the parameters stay, the damping
-    doubles, and the rejection is counted.
+    A step costs about three of AdamW's, more on the smallest networks: a forward and a backward pass, two forward
+    passes for the quadratic model, one that judges the step before it is taken, and every few steps a sampled backward
+    pass and Cholesky factorisations. A step that would raise the loss of its own batch, or meets a NaN, is not taken:
+    the parameters stay, the damping grows by half, and the rejection is counted. With a damping that you have fixed the
+    step is shortened first.
 
     With ``KFAC(DistributedDataParallel(model))`` and closures of the same, every process has its part of the batch, and
     keeps and inverts the factors of its part of the weights; its ``state_dict`` holds those. The steps are those of one
@@ -244,9 +246,7 @@ class KFAC(Modelled):
             found = self._statistics(uses, params, outputs, curvature, r, factors)
             factors.learn(found, max(1 / group["updates"], 1 - MEMORY))
             group["blocks"] = factors.blocks
-            if (
-                uses.rewritten
-            ):  # the same operations in another order: not to the last digit what differences start from
+            if uses.rewritten:  # by other operations, and not to the last digit what differences have to start from
                 outputs = objective.outputs(params)
         point = Point(objective, params, outputs.detach(), curvature, grad, value, penalty)
         if group["steps"] == 0 and self._is_free("damping"):
@@ -260,12 +260,16 @@ class KFAC(Modelled):
         model = self._model(point, plane)
         fixed = [None if self._is_free(name) else group[name] for name in ("lr", "momentum")]
         step = model.minimiser(damping, fixed)
-        update = tree.add(*zip(step, plane, strict=True))
-        there, after = point.trial(update)
         group["steps"] += 1
-        if self._judge(after - value, model.value(step, penalty.curvature), value, terms):
-            group["lr"], group["momentum"] = step[0], step[1] if last else group["momentum"]
-            self._move(params, there, update)
+        for _ in range(1 if self._is_free("damping") else SHORTER):
+            update = tree.add(*zip(step, plane, strict=True))
+            there, after = point.trial(update)
+            if self._judge(after - value, model.value(step, penalty.curvature), value, terms):
+                taken = {"lr": step[0], "momentum": step[1] if last else 0.0}
+                group.update({name: c for name, c in taken.items() if self._is_free(name)})
+                self._move(params, there, update)
+                break
+            step = [0.25 * c for c in step]
         else:
             self._reject(params)
         return self._given(loss)

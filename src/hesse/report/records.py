@@ -37,6 +37,8 @@ OPTIMIZERS = {
     "adagrad": "Adagrad",
     "sgd": "SGD",
     "lbfgs": "L-BFGS",
+    "shampoo": "Shampoo",
+    "soap": "SOAP",
 }
 
 Json = TypeVar("Json", dict[str, Any], list[Any])

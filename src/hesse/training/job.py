@@ -65,7 +65,7 @@ def train(
             duckdb, pyarrow).
         target: the column to predict: classes, or a number.
         out: the run folder; by default ``runs/TABLE-TARGET``.
-        optimizer: "kfac" (needs no learning rate), "adamw", "adam", "adagrad", "sgd" or "lbfgs".
+        optimizer: "kfac" (needs no learning rate), "soap", "shampoo", "adamw", "adam", "adagrad", "sgd" or "lbfgs".
         lr: learning rate, for those that take one; by default torch's.
         epochs: how many. By default up to 40, fewer when the validation loss has not improved for 8; no limit when
             ``seconds`` is given.

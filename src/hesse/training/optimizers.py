@@ -1,6 +1,6 @@
 """The optimisers that the main job knows by name: torch's own and hesse's, all on the same closure.
 
-To add one: a line here. ``lr`` None means the optimiser's own default, which for hesse's is "found at every step".
+To add one: a line here. ``lr`` None means the optimiser's own default, which for K-FAC is "found at every step".
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from hesse.finding import InputError
-from hesse.optim import KFAC
+from hesse.optim import KFAC, SOAP, Shampoo
 
 __all__ = ["OPTIMIZERS", "batch_size", "make_optimizer", "refuse_optimizer"]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "kfac": lambda model: KFAC(model),
+    "soap": lambda model, **lr: SOAP(model.parameters(), **lr),
+    "shampoo": lambda model, **lr: Shampoo(model.parameters(), **lr),
     "adamw": lambda model, **lr: torch.optim.AdamW(model.parameters(), **lr),
     "adam": lambda model, **lr: torch.optim.Adam(model.parameters(), **lr),
     "adagrad": lambda model, **lr: torch.optim.Adagrad(model.parameters(), **lr),
