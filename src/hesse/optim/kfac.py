@@ -9,9 +9,10 @@ case without the second direction, Levenberg-Marquardt the one in which the fact
 The damping obeys two judges. The trust ratio compares the change of the loss with the one the model promised: below
 1/4 the damping grows. But a batch is its own best advocate: a model with more parameters than examples fits any batch,
 the ratio stays near 1 and says nothing of where to stop. So the damping is led to where the curvature has a given
-**effective dimension**, sum_i f_i / (f_i + damping): a tenth of the parameters, or a quarter of a direction for each
-term of the loss if that is more. It is a place in the spectrum, not a number in the loss's units: networks of every
-kind train fastest at dampings many decades apart, and over a far narrower range of shares (docs/damping.md).
+**effective dimension**, sum_i f_i / (f_i + damping): a tenth of the parameters, but at most sixteen directions and at
+least a quarter of one for each term of the loss. It is a place in the spectrum, not a number in the loss's units:
+networks of every kind train fastest at dampings many decades apart, and over a far narrower range of shares
+(docs/damping.md).
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ MEMORY = 0.9  # of the statistics, an update: about the last thirty steps
 STALE = 0.3  # how far the inverses may be off, relative to the gradient
 SHARE = 0.1  # of the parameters, as effective dimension: a plateau from 1/25 to 1/6 on the training benchmark
 PER_TERM = 0.25  # effective dimensions that a term of the loss answers for, where terms outnumber parameters
+MOST = 16.0  # effective dimensions a term at most: a batch cannot answer for more, and steps would memorise it
 FAST = 0.4  # factor of the damping a step, at most
 GENTLE = 0.85  # factor of the damping after a bad trust ratio
 HARSH = 1.5  # factor of the damping after a rejected step
@@ -329,7 +331,8 @@ class KFAC(Modelled):
         if not (change <= 0 and math.isfinite(promised)):  # NaN is no descent either
             return False
         group["trust_ratio"] = change / promised
-        wanted = max(SHARE * sum(p.numel() for p in group["params"]), PER_TERM * terms)
+        wanted = min(SHARE * sum(p.numel() for p in group["params"]), MOST * terms)
+        wanted = max(wanted, PER_TERM * terms)
         excess = max(group["effective_dimension"], 1.0) / wanted
         if group["trust_ratio"] < TRUST[0]:
             self._scale_damping(1 / GENTLE)
