@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hesse import check as check
     from hesse import curvature as curvature
+    from hesse import minimizers as minimizers
     from hesse import optim as optim
     from hesse.finding import Finding as Finding
     from hesse.finding import InputError as InputError
     from hesse.health import watch as watch
+    from hesse.minimizers import argmin as argmin
+    from hesse.minimizers import least_squares as least_squares
+    from hesse.minimizers import minimize as minimize
     from hesse.objective import closure as closure
     from hesse.training import Run as Run
     from hesse.training import train as train
@@ -26,13 +30,30 @@ _HOME = {
     "Finding": "hesse.finding",
     "InputError": "hesse.finding",
     "Run": "hesse.training",
+    "argmin": "hesse.minimizers",
     "closure": "hesse.objective",
+    "least_squares": "hesse.minimizers",
+    "minimize": "hesse.minimizers",
     "train": "hesse.training",
     "watch": "hesse.health",
 }
-_ROOMS = ("check", "curvature", "optim")
+_ROOMS = ("check", "curvature", "minimizers", "optim")
 
-__all__ = ["Finding", "InputError", "Run", "check", "closure", "curvature", "optim", "train", "watch"]
+__all__ = [
+    "Finding",
+    "InputError",
+    "Run",
+    "argmin",
+    "check",
+    "closure",
+    "curvature",
+    "least_squares",
+    "minimize",
+    "minimizers",
+    "optim",
+    "train",
+    "watch",
+]
 
 
 def __getattr__(name: str) -> Any:

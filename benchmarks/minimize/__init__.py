@@ -1,0 +1,1 @@
+"""Deterministic minimisers against SciPy and pytorch-minimize: problems with known answers, edge cases, costs."""

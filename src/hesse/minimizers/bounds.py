@@ -1,0 +1,69 @@
+"""Bounds as users write them: a pair, SciPy's ``Bounds``, or its list of pairs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesse.minimizers.border import Border
+
+__all__ = ["bounds_of", "project"]
+
+
+def bounds_of(bounds: Any, border: Border) -> tuple[Tensor, Tensor] | None:
+    """The least and the largest x [n], infinite where there is none; None without bounds.
+
+    Args:
+        bounds: ``(low, high)``, each a number, None or shaped as x; an object with ``lb`` and ``ub``; or a list with a
+            pair for every element of x.
+        border: the user's kind of x.
+
+    Raises:
+        TypeError: none of these.
+        ValueError: another shape, NaN, or a lower bound above the upper.
+
+    Example:
+        >>> from hesse.minimizers.border import border_of
+        >>> bounds_of((0.0, None), border_of(torch.zeros(2)))
+        (tensor([0., 0.]), tensor([inf, inf]))
+    """
+    if bounds is None:
+        return None
+    if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
+        low, high = bounds.lb, bounds.ub
+    elif isinstance(bounds, tuple) and len(bounds) == 2:
+        low, high = bounds
+    elif isinstance(bounds, list) and len(bounds) == border.x0.numel() and all(len(pair) == 2 for pair in bounds):
+        low = torch.tensor([-math.inf if a is None else a for a, _ in bounds])
+        high = torch.tensor([math.inf if b is None else b for _, b in bounds])
+    else:
+        raise TypeError(
+            "bounds must be a tuple (low, high), each a number, None or shaped as x0; or a list of one pair for each of "
+            f"the {border.x0.numel()} elements of x0; got {bounds!r}."
+        )
+    found = _side(low, -math.inf, "the lower bound", border), _side(high, math.inf, "the upper bound", border)
+    crossed = ~(found[0] <= found[1])
+    if bool(crossed.any()):
+        i = int(crossed.nonzero()[0])
+        raise ValueError(
+            f"bounds are crossed at element {i} of x0: from {float(found[0][i]):g} to {float(found[1][i]):g}. "
+            "The tuple is (low, high)."
+        )
+    return found
+
+
+def _side(value: Any, missing: float, name: str, border: Border) -> Tensor:
+    x0 = border.x0
+    if value is None:
+        return torch.full_like(x0, missing)
+    if isinstance(value, int | float) or getattr(value, "ndim", 1) == 0:
+        return torch.full_like(x0, float(value))
+    return border.inside(value, name)
+
+
+def project(x: Tensor, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The nearest x within bounds."""
+    return x if bounds is None else torch.minimum(torch.maximum(x, bounds[0]), bounds[1])

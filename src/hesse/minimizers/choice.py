@@ -1,0 +1,98 @@
+"""Which method: by name, or by what is known of the function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from hesse.minimizers.autodiff import Autodiff
+from hesse.minimizers.bounded import ProjectedCG, ProjectedLBFGS
+from hesse.minimizers.function import Function
+from hesse.minimizers.method import Method
+from hesse.minimizers.methods import GRADIENT, METHODS
+from hesse.minimizers.numeric import Numeric
+from hesse.minimizers.proximal import BoxRegion, Proximal
+
+__all__ = ["choose"]
+
+# Up to SMALL variables a dense Hessian costs next to nothing; up to DENSE it costs less than the products that a hard
+# problem takes; above, a Hessian is whole only if it is sparse.
+SMALL, DENSE = 100, 500
+
+COMPOSITE = {
+    "prox-newton": Method("prox-newton", Proximal(), BoxRegion()),
+    "l-bfgs-b": Method("l-bfgs-b", ProjectedLBFGS(), BoxRegion()),
+}
+LARGE = Method("prox-newton", ProjectedCG(), BoxRegion())
+
+
+def choose(method: str | Method, function: Function, x: Tensor) -> tuple[Method, str]:
+    """The method, and what is to be said about the choice.
+
+    Raises:
+        ValueError: an unknown name, or a method that cannot do what is asked.
+    """
+    if isinstance(method, Method):
+        return method, ""
+    composite = bool(function.l1) or function.bounds is not None
+    if method == "auto":
+        return _auto(function, x, composite)
+    name = method.lower().replace("_", "-")
+    name = "l-bfgs-b" if name == "l-bfgs" else name
+    if name not in METHODS and name not in COMPOSITE:
+        known = ", ".join(map(repr, ["auto", *sorted({*METHODS, *COMPOSITE}), "lm"]))
+        raise ValueError(f"unknown method {method!r}. Known are {known}.")
+    if composite or name == "prox-newton":
+        if name not in COMPOSITE:
+            what = "l1" if function.l1 else "bounds"
+            raise ValueError(f"method {name!r} takes no {what}. 'prox-newton' and 'l-bfgs-b' do, and 'auto' chooses.")
+        found = COMPOSITE[name]
+        if name == "prox-newton" and not _whole(function, x):
+            found = LARGE
+    else:
+        found = METHODS[name]
+    if name in GRADIENT and isinstance(function.source, Autodiff):
+        function.source.second = False
+    return found, _derivatives(function, name)
+
+
+def _auto(function: Function, x: Tensor, composite: bool) -> tuple[Method, str]:
+    n = x.numel()
+    size = f"auto: {n} variable{'s' if n != 1 else ''}"
+    source = function.source
+    if isinstance(source, Numeric) and function.hess is None and function.hessp is None:
+        # A Hessian by differences costs n gradients, each step anew.
+        name = "bfgs" if n <= 2 * DENSE and not composite else "l-bfgs-b"
+        found = COMPOSITE[name] if composite else METHODS[name]
+        return found, f"; {size}, {source.name if function.jac is None else 'jac given, no hess'}"
+    whole = _whole(function, x)
+    if composite:
+        return (COMPOSITE["prox-newton"] if whole else LARGE), f"; {size}, {whole or 'Hessian products'}"
+    return METHODS["trust-exact" if whole else "trust-krylov"], f"; {size}, {whole or 'Hessian products'}"
+
+
+def _whole(function: Function, x: Tensor) -> str:
+    """How a whole Hessian is to be had, empty where products are better."""
+    n, source = x.numel(), function.source
+    if function.hess is not None:
+        return "hess given"
+    if function.hessp is not None and n > SMALL:
+        return ""
+    if isinstance(source, Autodiff) and n > SMALL and function.jac is None and not (function.l1 or function.bounds):
+        source.sparse = source.trace(x)
+        if source.sparse is not None:
+            return f"sparse Hessian from {source.sparse.products} products"
+    return f"dense Hessian by {source.name}" if n <= DENSE else ""
+
+
+def _derivatives(function: Function, name: str) -> str:
+    """What differences were needed, which a user should know."""
+    if not isinstance(function.source, Numeric):
+        return ""
+    missing = []
+    if function.jac is None:
+        missing.append("gradient by differences of values")
+    if name not in GRADIENT and function.hess is None and function.hessp is None:
+        missing.append("Hessian by " + function.source.name)
+    return "".join(f"; {part}" for part in missing)

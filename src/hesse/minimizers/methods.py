@@ -1,0 +1,31 @@
+"""The methods by name.
+
+A method is a search times a descent; under the names that SciPy has for them, each is one line.
+"""
+
+from __future__ import annotations
+
+from hesse.minimizers.descents import Bent, Exact, Products, Truncated
+from hesse.minimizers.line_search import Armijo, Wolfe
+from hesse.minimizers.quasi_newton import BFGS, LBFGS, Gradient
+from hesse.minimizers.regions import Cubic, TrustRegion
+from hesse.minimizers.method import Method
+
+__all__ = ["GRADIENT", "METHODS"]
+
+METHODS = {
+    "gd": Method("gd", Gradient(), Armijo()),
+    "bfgs": Method("bfgs", BFGS(), Wolfe()),
+    "l-bfgs-b": Method("l-bfgs-b", LBFGS(), Wolfe()),
+    "newton": Method("newton", Exact(), Armijo()),
+    "newton-cg": Method("newton-cg", Truncated(), Armijo()),
+    "dogleg": Method("dogleg", Bent(), TrustRegion()),
+    "trust-exact": Method("trust-exact", Exact(), TrustRegion()),
+    "trust-ncg": Method("trust-ncg", Truncated(), TrustRegion()),
+    "trust-krylov": Method("trust-krylov", Products(), TrustRegion()),
+    "arc": Method("arc", Exact(), Cubic()),
+    "arc-krylov": Method("arc-krylov", Products(), Cubic()),
+}
+
+# Those that need no second derivative.
+GRADIENT = ("gd", "bfgs", "l-bfgs-b")

@@ -1,0 +1,75 @@
+"""Derivatives of a NumPy function by differences: of its values, or of the gradient that the user gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from hesse.minimizers import differences
+from hesse.minimizers.border import Border
+from hesse.minimizers.function import Counts
+from hesse.minimizers.returned import number
+
+__all__ = ["Numeric"]
+
+
+class Numeric:
+    """A source of derivatives (see :class:`hesse.minimizers.function.Source`) for a function of arrays.
+
+    Args:
+        fun: the user's function.
+        border: the user's kind of x.
+        args: further arguments of fun.
+        jac: the user's gradient.
+        bounds: within which fun is evaluated.
+    """
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        border: Border,
+        args: tuple[Any, ...] = (),
+        jac: Callable[[Any], Any] | None = None,
+        bounds: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.fun, self.border, self.args, self.jac = fun, border, args, jac
+        self.bounds = None if bounds is None else (bounds[0].double(), bounds[1].double())
+        self.counts = Counts()
+        self.name = "differences of values" if jac is None else "differences of jac"
+        self._memory: Any = None
+        self._bends: Any = None
+
+    def value(self, x: Tensor) -> tuple[Any, Any]:
+        returned = self.fun(self.border.outside(x), *self.args)
+        return returned, returned
+
+    def gradient(self, x: Tensor, handle: Any) -> Tensor:
+        g, _, self._memory = differences.gradient(
+            self._counted, x.double(), number(handle), memory=self._memory, bounds=self.bounds
+        )
+        return g.to(x)
+
+    def hessian(self, x: Tensor, handle: Any, gradient: Tensor) -> Tensor:
+        if self.jac is None:
+            H, _ = differences.hessian(self._counted, x.double(), number(handle), bounds=self.bounds)
+        else:
+            H, _, self._bends = differences.hessian_of(
+                self._slope, x.double(), gradient.double(), memory=self._bends, bounds=self.bounds
+            )
+        return H.to(x)
+
+    def product(self, x: Tensor, handle: Any, gradient: Tensor, v: Tensor) -> Tensor:
+        return differences.product(self._slope, x.double(), v.double(), gradient.double()).to(x)
+
+    def _counted(self, x: Tensor) -> float:
+        self.counts.nfev += 1
+        return number(self.value(x.to(self.border.x0))[0])
+
+    def _slope(self, x: Tensor) -> Tensor:
+        y = x.to(self.border.x0)
+        if self.jac is None:
+            return self.gradient(y, self.value(y)[1]).double()
+        self.counts.njev += 1
+        return self.border.inside(self.jac(self.border.outside(y)), "jac").double()

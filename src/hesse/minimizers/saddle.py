@@ -1,0 +1,59 @@
+"""Is it a minimum? The least curvature at a stationary point, and the way down where it is negative.
+
+Methods that see gradients, or products in the gradient's own Krylov space, stop at a saddle as at a minimum. Before one
+of them claims a minimum, the least eigenvalue is looked for from a random vector: by Lanczos, or in the whole Hessian where
+x is short.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hesse.minimizers.function import Point
+from hesse.minimizers.krylov import Lanczos
+from hesse.minimizers.method import Advance
+from hesse.minimizers.result import Status
+
+__all__ = ["leave", "lowest"]
+
+PRODUCTS = 30
+HALVINGS = 40
+
+
+def leave(point: Point, status: Status) -> tuple[Status | None, Advance]:
+    """``status`` where ``point`` is a minimum; where it is a saddle None and a lower point, or SADDLE if there is none."""
+    value, vector = lowest(point)
+    if value >= 0:
+        return status, Advance(None, {}, 0.0)
+    new, t = _descend(point, vector)
+    return (Status.SADDLE if new is None else None), Advance(new, {}, t)
+
+
+def lowest(point: Point) -> tuple[float, Tensor]:
+    """The least eigenvalue that a few products find, 0 if it is no more than rounding, and its vector [n]."""
+    n = point.x.numel()
+    generator = torch.Generator().manual_seed(0)  # the same answer at every call
+    v = torch.randn(n, generator=generator, dtype=torch.float64).to(point.x)
+    space = Lanczos(point.product, v, min(n, PRODUCTS))
+    while not space.ended:
+        space.grow()
+    w, U = space.eigen()
+    if not bool(w.isfinite().all()) or float(w[0]) >= -(torch.finfo(point.x.dtype).eps ** 0.5) * float(w.abs().max()):
+        return 0.0, torch.zeros_like(point.x)
+    return float(w[0]), space.vector(U[:, 0])
+
+
+def _descend(point: Point, vector: Tensor) -> tuple[Point | None, float]:
+    """A lower point along a direction of negative curvature: both ways, the longest step first that falls."""
+    t = 0.1 * max(float(point.x.norm()), 1.0)
+    margin = 4 * torch.finfo(point.x.dtype).eps * abs(point.value)
+    for _ in range(HALVINGS):
+        found = [point.function.at(point.x + sign * t * vector) for sign in (1.0, -1.0)]
+        lower = [q for q in found if q.value < point.value - margin and (q.value == -math.inf or q.finite())]
+        if lower:
+            return min(lower, key=lambda q: q.value), t
+        t *= 0.5
+    return None, t
