@@ -77,6 +77,13 @@ def in_place(x: Tensor) -> Tensor:
     return (y * z).sum() + y.square().sum()
 
 
+def overwritten(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[1:4] = x[7:10]
+    y[0] = 2.0
+    return (y**3 * x.roll(5)).sum() + y.index_add(0, torch.tensor([2, 2, 9]), x[14:17]).pow(3).sum()
+
+
 def conv(x: Tensor) -> Tensor:
     kernel = torch.tensor([[[1.0, 0.0, -2.0, 0.5]]], dtype=x.dtype)
     return (F.conv1d(x[None, None], kernel, stride=2, padding=1) ** 4).sum()
@@ -122,7 +129,7 @@ def several_segments(x: Tensor) -> Tensor:
 
 def switched(x: Tensor) -> Tensor:
     y = torch.where(x > 0, x**3, x.roll(1) * x)
-    return y.sum() + F.relu(x.roll(2) * x).sum() + x.clamp(-1, 1).square().sum() + (x[1:] * x[:-1]).abs().sum()
+    return y.sum() + F.relu(x.roll(2) - x).square().sum() + x.clamp(-1, 1).square().sum() + (x[1:] * x[:-1]).abs().sum()
 
 
 def row_softmax(x: Tensor) -> Tensor:
@@ -156,15 +163,30 @@ FLAT: dict[str, Flat] = {
     ),
     "linear": Flat(lambda x: (2 * x).sum()),
     "constant": Flat(lambda x: x.new_tensor(3.0)),
+    "powers of 0 and 1": Flat(
+        lambda x: ((x[1:9] + x[:8]) ** 1).sum() + (x[9:] ** 0 * x[:15]).sum() + x[3] ** 2 * x[4] ** 1
+    ),
     "in place": Flat(in_place),
+    "overwritten": Flat(overwritten),
     "convolution": Flat(conv),
     "convolution in two dimensions": Flat(laplace),
     "constant matrix with zeros": Flat(sparse_product),
     "sparse matrix": Flat(coo_product),
+    "matrix products added": Flat(
+        lambda x: (
+            torch.addmv(x[:5], torch.eye(5, 3, dtype=x.dtype) + 1, x[5:8]).pow(3).sum()
+            + torch.addmm(x[8:14].view(3, 2), x[14:20].view(3, 2), x[20:24].view(2, 2)).square().sum()
+        )
+    ),
     "loop": Flat(loop),
     "scattered": Flat(scattered),
     "stack, flip, gather, repeated index": Flat(several_segments),
     "where, relu, clamp, abs": Flat(switched, exact=False),
+    "detached": Flat(lambda x: (x.detach().roll(1) * x**2).sum()),
+    "batch norm": Flat(
+        lambda x: (F.batch_norm(x.view(6, 4), x.new_zeros(4), x.new_ones(4), training=True).view(-1) * x).sum(),
+        exact=False,
+    ),
     "softmax of rows": Flat(row_softmax),
     "blocks multiplied": Flat(block_matrices, exact=False),
     "cumulative sum": Flat(lambda x: (x[:4].cumsum(0) ** 3).sum() + x.square().sum()),

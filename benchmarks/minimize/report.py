@@ -70,7 +70,7 @@ def summary(runs: list[Run], note: str) -> str:
         row += [str(sum(r.nhev for r in mine)), str(sum(r.nhvp for r in mine))]
         row.append(_mean([_ratio(r, "time", best) for r in good]))
         lines.append(f"| {' | '.join(row)} |")
-    lines += ["", _solved_by_others(runs, problems, solvers)]
+    lines += ["", _solved_by_others(runs, problems, solvers), "", *_hessians(runs, solvers)]
     return "\n".join(lines) + "\n"
 
 
@@ -104,6 +104,17 @@ def edges(rows: dict[str, dict[str, tuple[bool, str]]]) -> str:
     totals = [sum(found[solver][0] for found in rows.values()) for solver in solvers]
     lines.append(f"| honest of {len(rows)} | {' | '.join(f'**{t}**' for t in totals)} |")
     return "\n".join(lines) + "\n"
+
+
+def _hessians(runs: list[Run], solvers: list[str]) -> list[str]:
+    """Hessians of the first solver against another's on what both solve: totals hang on who gives up where."""
+    lines = []
+    found = {(run.problem, run.solver): run for run in runs if run.solved}
+    for other in (s for s in solvers[1:] if s.endswith("trust-exact")):
+        both = [p for p, s in found if s == solvers[0] and (p, other) in found]
+        mine, theirs = (sum(found[p, s].nhev for p in both) for s in (solvers[0], other))
+        lines.append(f"Hessians on the {len(both)} problems that both solve: {solvers[0]} {mine}, {other} {theirs}.")
+    return lines
 
 
 def _best(runs: list[Run], key: str) -> dict[str, float]:

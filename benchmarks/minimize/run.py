@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=SECONDS, help="processor seconds of a solver on a problem")
     parser.add_argument("--json", type=Path, help="file for the raw results of the suite")
     parser.add_argument("--markdown", type=Path, help="file for the tables, besides the screen")
-    parser.add_argument("--report", type=Path, help="print the suite's tables from such a file; runs nothing")
+    parser.add_argument("--report", type=Path, nargs="+", help="print the suite's tables from such files; runs nothing")
     options = parser.parse_args(argv)
     if options.markdown is None:
         return _parts(options)
@@ -64,12 +64,12 @@ class _Both(io.TextIOBase):
 
 def _parts(options: argparse.Namespace) -> None:
     if options.report:
-        saved = [Run(**row) for row in json.loads(options.report.read_text(encoding="utf-8"))]
+        saved = [Run(**row) for path in options.report for row in json.loads(path.read_text(encoding="utf-8"))]
         return _tables(saved, "hesse auto")
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads\n")
     problems = [suite()[name] for name in options.problems or suite()]
     if "suite" in options.parts:
-        runs = _race(problems, _chosen({**OURS, **PEERS}, options.solvers), options)
+        runs = _race(problems, _chosen({**OURS, **PEERS}, options.solvers), options, options.json)
         _tables(runs, "hesse auto")
     if "least" in options.parts:
         print("### Least squares, given the residuals\n")
@@ -99,7 +99,9 @@ def _chosen(solvers: dict[str, Solver], texts: list[str] | None) -> list[Solver]
     return chosen
 
 
-def _race(problems: list[Problem], solvers: list[Solver], options: argparse.Namespace) -> list[Run]:
+def _race(
+    problems: list[Problem], solvers: list[Solver], options: argparse.Namespace, path: Path | None = None
+) -> list[Run]:
     for solver in solvers:  # what is loaded or compiled at a first call is no solver's cost
         solve(solver, suite()["rosenbrock"], options.limit)
     runs: list[Run] = []
@@ -116,8 +118,8 @@ def _race(problems: list[Problem], solvers: list[Solver], options: argparse.Name
         good = [run for run in rows.values() if run.solved]
         least = min((run.total for run in good), default=0)
         print(f"{problem.name}: {len(good)} of {len(rows)} solve it, best {least}", file=sys.stderr, flush=True)
-        if options.json is not None:
-            options.json.write_text(json.dumps([dataclasses.asdict(run) for run in runs]), encoding="utf-8")
+        if path is not None:
+            path.write_text(json.dumps([dataclasses.asdict(run) for run in runs]), encoding="utf-8")
     return runs
 
 
@@ -137,11 +139,14 @@ def _reached(problem: Problem, out: Outcome) -> int:
 
 
 def _tables(runs: list[Run], ours: str) -> None:
+    if not runs:
+        return print("no such problem or solver\n")
     repeats = median(len(run.seconds) for run in runs)
     limit = f"Limit {SECONDS:g} s of processor time a problem; times are medians of {repeats:g}."
     print(report.summary(runs, limit))
     if any(run.solver == ours for run in runs):
         print(report.against(runs, ours))
+    return None
 
 
 if __name__ == "__main__":

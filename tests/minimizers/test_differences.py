@@ -73,6 +73,10 @@ def test_hessians_from_values_are_right_at_every_scale(scale: float, at: tuple[f
     assert torch.equal(H, H.T)
     assert far(H, wanted) < 1e-5
     assert bool(((H - wanted).abs() <= 3 * error).all())
+    _, _, memory = gradient(f, x, f(x))
+    f.points.clear()
+    assert torch.equal(hessian(f, x, f(x), memory=memory)[0], hessian(f, x, f(x), memory=memory)[0])
+    assert far(hessian(f, x, f(x), memory=memory)[0], wanted) < 1e-5
 
 
 def test_the_next_gradients_cost_one_or_two_values_a_variable_and_stay_within_their_error() -> None:
@@ -238,6 +242,7 @@ def test_a_scale_that_nothing_tells_is_found(scale: float) -> None:
         (lambda x: x[0] + torch.exp(50 * (x[0] - 2)), 1.0, 2.2),
         (lambda x: 1e6 * (x[0] - 1) ** 2, 3.0, 1 + 1e-4),
         (lambda x: torch.sin(x[0]), 1e-3, 1e5),
+        (lambda x: torch.cosh(x[0] - 1e8), 1e8 + 2, 1e8 + 3),
     ],
 )
 def test_what_was_remembered_is_not_believed_where_the_function_is_another(

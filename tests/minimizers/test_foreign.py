@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -182,13 +182,23 @@ def test_starts_that_are_no_floats_are_refused(lib: Any, kind: str) -> None:
 
 def test_mixtures_are_refused(lib: Any) -> None:
     x = lib.array(start())
-    with pytest.raises(TypeError, match="all be arrays of one library"):
+    with pytest.raises(TypeError, match=r"or a dict of such; got .*torch\.Tensor"):
         language_of({"a": x, "b": torch.zeros(2)})
     with pytest.raises(TypeError, match="dict of dicts"):
         language_of({"a": {"b": x}})
+    with pytest.raises(TypeError, match=f"must be an array of {lib.name}"):
+        language_of({"a": x, "b": 1.0})
     own = language(lib.name)
     with pytest.raises(ValueError, match="share one dtype; got float32, float64"):
         foreign_border({"a": x, "b": lib.array(start().astype(np.float32))}, own)
+
+
+def test_a_module_of_the_same_name_is_not_the_library(lib: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LANGUAGES:
+        if name != lib.name:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    own = language_of(lib.array(start()))
+    assert own is not None and own.name == lib.name
 
 
 def test_newton_through_the_counted_function_reaches_the_minimum(lib: Any) -> None:

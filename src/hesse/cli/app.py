@@ -10,6 +10,7 @@ import typer
 from hesse import __version__
 from hesse.cli.demo import demo
 from hesse.cli.exits import print_json
+from hesse.cli.minimize import minimize
 from hesse.cli.predict import predict
 from hesse.cli.report import report
 from hesse.cli.spectrum import spectrum
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, report, spectrum, demo):
+for command in (train, predict, report, spectrum, minimize, demo):
     app.command()(command)
 
 

@@ -53,6 +53,7 @@ class CompressedHessian:
         colours: [n]; columns of one colour are multiplied together.
         rounds: in which the elements below the diagonal are read off.
         gather: [nnz], for each element of the pattern its number: 0 .. n - 1 for the diagonal, then the lower triangle.
+        probe: [n], random numbers.
 
     Example:
         The Hessian of a chain of any length takes three products:
@@ -72,6 +73,7 @@ class CompressedHessian:
     colours: Tensor
     rounds: tuple[Round, ...]
     gather: Tensor
+    probe: Tensor
 
     @classmethod
     def of(cls, fun: Callable[[Tensor], Tensor], x: Tensor, most: int | None = None) -> CompressedHessian | None:
@@ -94,9 +96,10 @@ class CompressedHessian:
         colours = star_colours(pattern)
         rounds = _rounds(pattern, colours)
         assert rounds is not None  # one is enough
-        fewer = acyclic_colours(pattern)
-        if fewer.max(initial=0) < colours.max(initial=0) and (longer := _rounds(pattern, fewer)) is not None:
-            colours, rounds = fewer, longer
+        if colours.max(initial=0) > 1:  # no graph with an edge does with less than two
+            fewer = acyclic_colours(pattern)
+            if fewer.max() < colours.max() and (longer := _rounds(pattern, fewer)) is not None:
+                colours, rounds = fewer, longer
         if 3 * int(colours.max(initial=0) + 1) > pattern.n:
             return None
         lower = np.flatnonzero(pattern.rows > pattern.indices)
@@ -109,6 +112,7 @@ class CompressedHessian:
             torch.from_numpy(colours).to(put),
             tuple(Round(*(torch.from_numpy(part).to(put) for part in r)) for r in rounds),
             torch.from_numpy(gather).to(put),
+            torch.randn(pattern.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(put),
         )
 
     @property
@@ -144,8 +148,7 @@ class CompressedHessian:
         Elements off the pattern are added to wrong places by :meth:`recover`; a probe of random numbers sees
         them all. What is not finite agrees: it is the function's, not the pattern's.
         """
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(self.pattern.n, generator=generator, dtype=torch.float64).to(x)
+        probe = self.probe.to(x)
         exact, found = product(gradient, x, probe), matrix @ probe
         # Row by row, so that small curvature counts beside large; but cancellation in the large may leave noise in the
         # small.

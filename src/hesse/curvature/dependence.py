@@ -70,10 +70,22 @@ _MOVES |= {"select_scatter", "diagonal_scatter", "as_strided_scatter", "roll", "
 _MOVES |= {"clone", "masked_select", "diag_embed", "diagonal_backward", "split", "split_with_sizes", "chunk", "scatter"}
 _MOVES |= {"diagonal_copy", "expand_copy", "pixel_shuffle", "pixel_unshuffle", "constant_pad_nd", "index_copy", "put"}
 
-_POINTWISE = {"to_copy", "copy", "softplus_backward", "elu_backward", "hardtanh_backward", "leaky_relu_backward"}
-_POINTWISE |= {"mse_loss_backward", "log_sigmoid_forward", "hardswish", "log_sigmoid_backward", "native_dropout", "masked_fill", "fill", "prelu", "rsub"}
-_POINTWISE |= {"hardswish_backward", "mish_backward", "smooth_l1_loss_backward", "huber_loss_backward", "conj_physical"}
-_POINTWISE |= {"binary_cross_entropy_backward", "native_dropout_backward", "prelu_kernel", "prelu_kernel_backward"}
+# Pointwise, but not marked so by torch.
+_POINTWISE = {
+    "to_copy",
+    "copy",
+    "fill",
+    "masked_fill",
+    "rsub",
+    "conj_physical",
+    "native_dropout",
+    "prelu",
+    "prelu_kernel",
+}
+_POINTWISE |= {"log_sigmoid_forward", "log_sigmoid_backward", "softplus_backward", "elu_backward", "mish_backward"}
+_POINTWISE |= {"hardtanh_backward", "hardswish_backward", "hardsigmoid_backward", "leaky_relu_backward"}
+_POINTWISE |= {"hardshrink_backward", "softshrink_backward", "prelu_kernel_backward", "native_dropout_backward"}
+_POINTWISE |= {"mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward", "binary_cross_entropy_backward"}
 
 
 def _all(sets: IndexSets, numbers: list[Tensor]) -> int:
@@ -104,7 +116,7 @@ def _move(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ids: Ids) ->
         if not isinstance(leaf, Tensor):
             return leaf
         if leaf.is_floating_point() or leaf.is_complex():
-            return ids(leaf).clone()  # an operation in place works on its own copy
+            return ids(leaf)
         return leaf.cpu()
 
     moved_args, moved = pytree.tree_map(numbers, args), pytree.tree_map(numbers, kwargs)

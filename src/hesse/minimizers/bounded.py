@@ -23,13 +23,15 @@ from torch import Tensor
 from hesse.minimizers.composite import Direction, Kinks, steepest
 from hesse.minimizers.function import Point
 from hesse.minimizers.models import Model
-from hesse.minimizers.proximal import Composite
+from hesse.minimizers.proximal import Composite, Full
 from hesse.minimizers.state import scalar
 from hesse.tree import Params
 
 __all__ = ["LowRank", "Products", "ProjectedCG", "ProjectedLBFGS"]
 
 MOST_PRODUCTS = 500  # of one solve
+EXACT = 1e-6  # of the L-BFGS model, which is not as true itself
+WRITTEN = 500  # variables up to which coordinate descent on a written out L-BFGS matrix is cheap
 PROBES = 20  # products for the least curvature
 NEAR = 1e-3  # of the gradient at the start: below it, a minimum may be claimed soon
 
@@ -46,16 +48,16 @@ class ProjectedCG:
         >>> aim = torch.tensor([1.0, 5.0, -5.0])
         >>> f = Function(Autodiff(lambda x: ((x - aim) ** 2).sum(), border), border, bounds=ends)
         >>> point = f.at(border.x0)
-        >>> ProjectedCG().model(point, ProjectedCG().begin(point)).within(math.inf).s
+        >>> ProjectedCG().model(point, {"steepest": torch.tensor(10.0)}).within(math.inf).s
         tensor([ 1.,  2., -1.])
     """
 
     def begin(self, point: Point) -> Params:
-        """See :class:`hesse.minimizers.solve.Descent`."""
-        return {"steepest": scalar(point.steepest())}
+        """See :class:`hesse.minimizers.method.Descent`."""
+        return {}
 
     def model(self, point: Point, memory: Params) -> Model:
-        """See :class:`hesse.minimizers.solve.Descent`."""
+        """See :class:`hesse.minimizers.method.Descent`."""
         first = float(memory["steepest"])
         part = point.steepest() / first if first > 0 else 0.0
         # The square root makes the last steps converge with the power 3/2, and wastes no products on the first.
@@ -63,7 +65,7 @@ class ProjectedCG:
         return Composite(point, Products(lambda v: point.product(v.to(point.x.dtype)).double(), part <= NEAR), rtol)
 
     def update(self, memory: Params, old: Point, new: Point) -> Params:
-        """See :class:`hesse.minimizers.solve.Descent`."""
+        """See :class:`hesse.minimizers.method.Descent`."""
         return {}
 
 
@@ -78,7 +80,7 @@ class ProjectedLBFGS:
         self.pairs = pairs
 
     def begin(self, point: Point) -> Params:
-        """See :class:`hesse.minimizers.solve.Descent`."""
+        """See :class:`hesse.minimizers.method.Descent`."""
         none = point.x.new_zeros(0, point.x.numel())
         # Nothing is known but the gradient: a first step a tenth as long as x, which the region corrects.
         size = 0.1 * float(point.x.norm()) or 1.0
@@ -86,11 +88,11 @@ class ProjectedLBFGS:
         return {"s": none, "y": none, "gamma": scalar(gamma)}
 
     def model(self, point: Point, memory: Params) -> Model:
-        """See :class:`hesse.minimizers.solve.Descent`."""
-        return Composite(point, LowRank(memory["s"].double(), memory["y"].double(), float(memory["gamma"])))
+        """See :class:`hesse.minimizers.method.Descent`."""
+        return Composite(point, LowRank(memory["s"].double(), memory["y"].double(), float(memory["gamma"])), EXACT)
 
     def update(self, memory: Params, old: Point, new: Point) -> Params:
-        """See :class:`hesse.minimizers.solve.Descent`."""
+        """See :class:`hesse.minimizers.method.Descent`."""
         s, y = new.x - old.x, new.gradient() - old.gradient()
         # A region's steps may end where the curvature is negative; such a pair would make B indefinite.
         if not float(s @ y) > 1e-10 * float(s.norm() * y.norm()):
@@ -172,8 +174,10 @@ class LowRank:
         return self.gamma * v - self.W @ torch.linalg.solve(self.M, self.W.T @ v)
 
     def sweep(self, z: Tensor, r: Tensor, kinks: Kinks, patience: int) -> tuple[Tensor, Tensor]:
-        """See :func:`hesse.minimizers.composite.steepest`."""
-        return steepest(self, z, r, kinks)
+        """By coordinates while B is small enough to write out, else :func:`hesse.minimizers.composite.steepest`."""
+        if len(z) > WRITTEN:
+            return steepest(self, z, r, kinks)
+        return Full(self.times(torch.eye(len(z), dtype=z.dtype, device=z.device))).sweep(z, r, kinks, patience)
 
     def solve(self, free: Tensor, force: Tensor, rtol: float, patience: int) -> Direction | None:
         """Exactly, by the formula of Sherman, Morrison and Woodbury in as many unknowns as there are pairs, twice."""

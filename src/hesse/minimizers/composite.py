@@ -30,8 +30,6 @@ from torch import Tensor
 
 __all__ = ["Curvature", "Direction", "Kinks", "Place", "least", "steepest"]
 
-import os
-SK=int(os.environ.get('SK','0'))
 _ROUNDS = 60
 _PATIENCE = 64
 _HALVINGS = 30
@@ -58,8 +56,9 @@ class Kinks:
 
     def slopes(self, z: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """Slopes [n] to the left and to the right of ``z``, where the smooth part has the slope ``r``."""
-        left = (r + torch.where(z > 0, self.l1, -self.l1)).masked_fill(z <= self.low, -math.inf)
-        right = (r + torch.where(z >= 0, self.l1, -self.l1)).masked_fill(z >= self.high, math.inf)
+        slope = torch.full_like(z, self.l1)  # not a bare number, which would be rounded to the default dtype
+        left = (r + torch.where(z > 0, slope, -slope)).masked_fill(z <= self.low, -math.inf)
+        right = (r + torch.where(z >= 0, slope, -slope)).masked_fill(z >= self.high, math.inf)
         return left, right
 
     def least(self, z: Tensor, r: Tensor) -> Tensor:
@@ -173,9 +172,6 @@ def least(curvature: Curvature, g: Tensor, x: Tensor, kinks: Kinks, rtol: float)
         down = kinks.least(z, r)
         if direction is not None and direction.positive and _largest(down) <= enough:
             break
-        if went and SK:
-            patience = min(2 * patience, _PATIENCE)
-            continue
         new, change = curvature.sweep(z, r, kinks, patience)
         if float((kinks.rise(z, new) + (new - z) * (r + 0.5 * change)).sum()) < 0:
             z, r, went = new, r + change, True

@@ -22,6 +22,8 @@ __all__ = ["diagnose"]
 
 # A promise this many times the noise of the values would have shown in them.
 CLEAR = 30.0
+# A step this many times as long as x leads to where nothing can be told of x.
+FAR = 1e10
 
 
 def diagnose(point: Point, model: Model) -> Status:
@@ -34,7 +36,10 @@ def diagnose(point: Point, model: Model) -> Status:
     p = whole if float(g @ whole) < 0 else -g
     if float(p.norm()) == 0:
         return Status.SADDLE if model.lowest < 0 else Status.PRECISION
-    level = max(noise(lambda y: point.function.at(y.to(x)).value, x.double(), p.double()), eps * abs(point.value))
+    if not float(p.norm()) <= FAR * max(size, 1.0):  # Newton's step where nothing curves
+        p = -g / float(g.norm()) * max(size, 1.0)
+    # Behind x: ahead may be a jump, which is no noise.
+    level = max(noise(lambda y: point.function.at(y.to(x)).value, x.double(), -p.double()), eps * abs(point.value))
     if not math.isfinite(level):
         return Status.STALLED
     promised = min(model.predicted, -0.5 * float(g @ p))

@@ -114,14 +114,19 @@ def hessian_of(
 
 
 def hessian(
-    f: Callable[[Tensor], float], x: Tensor, fx: float, *, bounds: Bounds | None = None
+    f: Callable[[Tensor], float],
+    x: Tensor,
+    fx: float,
+    *,
+    memory: Memory | None = None,
+    bounds: Bounds | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The Hessian [n, n] from second differences of values, and an estimate of each element's error.
 
     About ``n^2 + 3 n`` evaluations: four a variable for the diagonal and its step, and two a pair,
     ``(f(+,+) + f(-,-) - f(+,0) - f(-,0) - f(0,+) - f(0,-) + 2 f) / (2 h k)``. Variables at a bound, or beside a region
     where f is not finite, take one-sided formulas of the same order. Elements without any finite values are NaN with an
-    infinite error.
+    infinite error. ``memory`` is that of a gradient at or near x, and spares measuring the noise.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -135,7 +140,7 @@ def hessian(
         return torch.tensor([f(y)], dtype=torch.float64)
 
     n, centre = x.numel(), torch.tensor([fx], dtype=torch.float64)
-    level = noise_of(values, x, centre, probe(x, bounds))
+    level, _ = _level(values, x, centre, memory, bounds)
     H, error = x.new_zeros(n, n), x.new_zeros(n, n)
     readings, lines = [], []
     for i in range(n):
@@ -217,12 +222,8 @@ def _matrix(
     bounds: Bounds | None,
     quick: bool,
 ) -> tuple[Tensor, Tensor, Memory]:
-    n, size = x.numel(), float(centre.norm())
-    if memory is None or not 0.1 * memory.size <= size <= 10 * memory.size:
-        level = noise_of(values, x, centre, probe(x, bounds)) if n else centre.abs() * EPS
-        measured = size
-    else:
-        level, measured = memory.noise, memory.size
+    n = x.numel()
+    level, measured = _level(values, x, centre, memory, bounds)
     readings = _straight(values, x, centre, level, bounds) if quick and memory is None else None
     if readings is None:
         readings = []
@@ -239,6 +240,16 @@ def _matrix(
     found = Memory(level, measured, *table.T)
     empty = centre.new_zeros(centre.numel(), 0)
     return (torch.stack(columns, 1), torch.stack(errors, 1), found) if n else (empty, empty, found)
+
+
+def _level(
+    values: Callable[[Tensor], Tensor], x: Tensor, centre: Tensor, memory: Memory | None, bounds: Bounds | None
+) -> tuple[Tensor, float]:
+    """The noise, remembered or measured, and the length of the values where it was."""
+    size = float(centre.norm())
+    if memory is not None and 0.1 * memory.size <= size <= 10 * memory.size:
+        return memory.noise, memory.size
+    return noise_of(values, x, centre, probe(x, bounds)), size
 
 
 def _straight(

@@ -15,7 +15,6 @@ Neither library is imported here unless the user has done so.
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hesse.minimizers.border import Border
+from hesse.minimizers.function import Counts
 from hesse.tree import Layout
 
 __all__ = ["Foreign", "ForeignBorder", "Language", "foreign_border", "language", "language_of"]
@@ -75,22 +75,21 @@ def language_of(x0: Any) -> Language | None:
         True
     """
     values = list(x0.values()) if isinstance(x0, Mapping) else [x0]
-    for name in ("jax", "tensorflow"):
-        if name not in sys.modules:
-            continue
-        own = language(name)
-        found = [own.owns(value) for value in values]
-        if all(found) and found:
-            return own
-        if any(found):
-            kinds = ", ".join(sorted({f"{type(v).__module__.split('.')[0]}.{type(v).__name__}" for v in values}))
-            raise TypeError(f"x0 is a dict, so its values must all be arrays of one library; got {kinds}.")
-        if any(isinstance(value, Mapping) and language_of(value) is not None for value in values):
-            raise TypeError(
-                "x0 is a dict of dicts; it must be an array or one dict of arrays. Flatten it, with "
-                "jax.flatten_util.ravel_pytree or tf.nest.flatten, and build the parameters inside fun."
-            )
-    return None
+    if any(isinstance(value, Mapping) and language_of(value) is not None for value in values):
+        raise TypeError(
+            "x0 is a dict of dicts; it must be an array or one dict of arrays. Flatten it, with "
+            "jax.flatten_util.ravel_pytree or tf.nest.flatten, and build the parameters inside fun."
+        )
+    # By the name of the type: that another module called jax or tensorflow is loaded does not make it the library.
+    homes = [_HOMES.get(type(value).__module__.partition(".")[0]) for value in values]
+    names = {name for name in homes if name is not None}
+    if not names:
+        return None
+    own = language(names.pop())
+    if names or not all(own.owns(value) for value in values):
+        kinds = ", ".join(sorted({f"{type(v).__module__.split('.')[0]}.{type(v).__name__}" for v in values}))
+        raise TypeError(f"x0 must be an array of {own.name}, or a dict of such; got {kinds}.")
+    return own
 
 
 def language(name: str) -> Language:
@@ -213,6 +212,7 @@ class Foreign:
     def __init__(self, fun: Callable[..., Array], border: ForeignBorder, args: tuple[Any, ...] = ()) -> None:
         own = border.own
         self.own, self.name = own, own.about
+        self.counts, self.second = Counts(), True
         if border.x0.dtype == torch.float32 and own.name == "jax":
             self.name += (
                 " in float32 (jax.config.update('jax_enable_x64', True) and a float64 x0 give twice the digits)"
@@ -352,4 +352,5 @@ def _tensorflow() -> Language:
     )
 
 
+_HOMES = {"jax": "jax", "jaxlib": "jax", "tensorflow": "tensorflow"}
 _LANGUAGES: dict[str, Callable[[], Language]] = {"jax": _jax, "tensorflow": _tensorflow}

@@ -37,6 +37,7 @@ class Source(Protocol):
 
     name: str
     counts: Counts
+    second: bool  # whether gradients are made so that they can be differentiated again
 
     def value(self, x: Tensor) -> tuple[Any, Any]:
         """What the user's function returned at ``x`` [n], and the handle."""
@@ -91,6 +92,16 @@ class Function:
         returned, handle = self.source.value(x)
         penalty = 0.5 * self.l2 * float(x @ x) + self.l1 * float(x.abs().sum())
         return Point(self, x, number(returned) + penalty, handle)
+
+    def curved_at(self, x: Tensor) -> Point:
+        """The function at ``x`` with second derivatives to be had, whether or not the method has asked for them."""
+        before, self.source.second = self.source.second, True
+        try:
+            point = self.at(x)
+            point.gradient()
+        finally:
+            self.source.second = before
+        return point
 
     def given_gradient(self, x: Tensor) -> Tensor:
         """The user's ``jac`` at x."""

@@ -56,14 +56,14 @@ def argmin(fun: Callable[..., Any], x0: Any = None, **options: Any) -> Callable[
         >>> w = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
         >>> x = ridge(w)  # 4 / (4 + w) and 1 / (1 + w)
         >>> (slope,) = torch.autograd.grad(x.sum(), w)  # -4 / (4 + w)^2 - 1 / (1 + w)^2
-        >>> x, slope
-        (tensor([0.8000, 0.5000], dtype=torch.float64, grad_fn=<ViewBackward0>), tensor(-0.4100, dtype=torch.float64))
+        >>> x.detach(), slope
+        (tensor([0.8000, 0.5000], dtype=torch.float64), tensor(-0.4100, dtype=torch.float64))
     """
     for name in ("l1", "bounds"):
         if options.get(name) not in (None, 0, 0.0):
             raise ValueError(
-                f"{name} cannot be given to argmin: x*(theta) has kinks with it, where no derivative exists. Fix the elements "
-                "that rest on a kink and take the argmin over the others, or use l2."
+                f"{name} cannot be given to argmin: x*(theta) has kinks with it, where no derivative exists. Fix the "
+                "elements that rest on a kink and take the argmin over the others, or use l2."
             )
     if options.get("batched"):
         raise ValueError("batched=True cannot be given to argmin; call it once a problem, or sum the problems in fun.")
@@ -73,11 +73,10 @@ def argmin(fun: Callable[..., Any], x0: Any = None, **options: Any) -> Callable[
         if start is None:
             if not theta or not isinstance(theta[0], Tensor | Mapping):
                 raise TypeError(
-                    "argmin needs x0, or a first theta that is a tensor or a dict of tensors, for the shape of x."
+                    "argmin needs x0, or a first theta that is a tensor or a dict of tensors and shaped as x."
                 )
-            start = pytree.tree_map(
-                lambda t: torch.zeros_like(t.detach()), dict(theta[0]) if isinstance(theta[0], Mapping) else theta[0]
-            )
+            first = dict(theta[0]) if isinstance(theta[0], Mapping) else theta[0]
+            start = pytree.tree_map(torch.zeros_like, first)
         leaves, spec = pytree.tree_flatten(list(theta))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         problem = _Problem(fun, border_of(start), start, leaves, spec, options)
@@ -94,17 +93,12 @@ class _Problem:
         self, fun: Callable[..., Any], border: Border, start: Any, leaves: list[Any], spec: Any, options: dict[str, Any]
     ) -> None:
         if border.language != "torch":
+            kind = type(start).__name__
             raise TypeError(
-                f"argmin differentiates torch functions: x0 must be a tensor or a dict of tensors, got {type(start).__name__}."
+                f"argmin differentiates torch functions: x0 must be a tensor or a dict of them; got {kind}."
             )
-        self.fun, self.border, self.start, self.leaves, self.spec, self.options = (
-            fun,
-            border,
-            start,
-            leaves,
-            spec,
-            options,
-        )
+        self.fun, self.border, self.start = fun, border, start
+        self.leaves, self.spec, self.options = leaves, spec, options
 
     def theta(self, tensors: tuple[Tensor, ...]) -> list[Any]:
         """What the user handed over, with these tensors in place of its own."""
@@ -129,7 +123,7 @@ class _Problem:
         for _ in range(POLISH):
             size = float(g.norm())
             try:
-                new, after = (x - self.solve(g, leaf, g.detach())), None
+                new = x - self.solve(g, leaf, g.detach())
             except ValueError:
                 break  # a minimum that is a line or a plane is one all the same; only its derivative is refused
             after, at = self.gradient(new, tensors)
@@ -206,7 +200,7 @@ class _Solved(torch.autograd.Function):
         w = _Solved.apply(problem, v, x, *tensors)
 
         def curvature(x: Tensor, *tensors: Tensor) -> Tensor:
-            return w @ torch.func.jvp(lambda y: torch.func.grad(problem.value)(y, *tensors), (x,), (u,))[1]
+            return u @ torch.func.grad(lambda y: w @ torch.func.grad(problem.value)(y, *tensors))(x)
 
         found = _partial(curvature, (x, *tensors), needs)
         return None, w, *(None if part is None else -part for part in found)
@@ -239,5 +233,6 @@ def _partial(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], needs: list[b
 def _singular(low: float, high: float) -> ValueError:
     return ValueError(
         f"the Hessian at the minimum is singular: its eigenvalues go from {low:.3g} to {high:.3g}. There x* is not a "
-        "minimum of its own, but one of a line or more, and has no derivative. Add l2, or leave out what fun does not feel."
+        "minimum of its own, but one of a line or more, and has no derivative. Add l2, or leave out what fun does not "
+        "feel."
     )

@@ -8,9 +8,10 @@ residuals that remain make Gauss-Newton slow, and before it claims a minimum.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from hesse.minimizers.border import Arrays, Border, border_of
+from hesse.minimizers.bounds import bounds_of, project
 from hesse.minimizers.fitting import Fit, FitPoint, GaussNewton
 from hesse.minimizers.function import Point
 from hesse.minimizers.linearised import Linear
 from hesse.minimizers.method import Method
-from hesse.minimizers.regions import TrustRegion
-from hesse.minimizers.residuals import ArrayResiduals, Residuals, TorchResiduals
+from hesse.minimizers.regions import NOISE, TrustRegion
+from hesse.minimizers.residuals import ArrayResiduals, TorchResiduals
 from hesse.minimizers.result import MinimizeError, Result, Status, _brief
 from hesse.minimizers.robust import loss_of
 from hesse.minimizers.solve import solve
@@ -79,7 +81,7 @@ def least_squares(
     rtol: float | None = None,
     atol: float = 0.0,
     max_steps: int = 1000,
-    callback: Callable[[Any], object] | None = None,
+    callback: Callable[..., object] | None = None,
     throw: bool = False,
     args: tuple[Any, ...] = (),
 ) -> LeastSquaresResult:
@@ -98,13 +100,15 @@ def least_squares(
         f_scale: C, the size from which on a residual counts as an outlier.
         x_scale: the size of a change of x that matters, a number or shaped as x: lengths are those of x / x_scale.
             "jac" takes it from the columns of J.
-        bounds: ``(least, largest)``, each a number, shaped as x, or None for none.
+        bounds: ``(least, largest)``, each a number, shaped as x, or None for none; or SciPy's ``Bounds``. x0 is moved
+            between them.
         l2: weight of 1/2 ||x||^2, outside of the loss.
         rtol: done when the model promises less than this part of what has been gained and is left; by default 1e-10 in
             float64 and 1e-5 in float32.
         atol: done when no element of the gradient is larger.
         max_steps: the most iterations.
-        callback: called with x after every iteration; StopIteration ends the solve.
+        callback: called after every iteration, ``callback(x)``, or with the result so far if its parameter is named
+            ``intermediate_result``. StopIteration ends the solve.
         throw: whether a solve without success raises.
         args: further arguments of ``residual`` and ``jac``.
 
@@ -137,14 +141,14 @@ def least_squares(
         raise ValueError(f"l2 must not be negative; got {l2}.")
     if max_steps < 0:
         raise ValueError(f"max_steps must not be negative; got {max_steps}.")
-    state = x0 if isinstance(x0, State) else None
-    border = state.border if state is not None else border_of(x0)
+    given = x0 if isinstance(x0, State) else None
+    border = border_of(x0) if given is None else given.border
     rtol = RTOL[border.x0.dtype] if rtol is None else rtol
     if not (0 <= rtol < 1 and atol >= 0):
         raise ValueError(f"rtol must be in [0, 1) and atol not negative; got rtol={rtol}, atol={atol}.")
-    box = _box(bounds, border)
+    box = bounds_of(bounds, border)
     rho = loss_of(loss, f_scale, arrays=isinstance(border, Arrays))
-    source: Residuals
+    source: ArrayResiduals | TorchResiduals
     if isinstance(border, Arrays):
         source = ArrayResiduals(residual, border, rho, args, jac, box)
     else:
@@ -153,23 +157,37 @@ def least_squares(
     fit.counts = source.counts
     second = method == "auto" and isinstance(source, TorchResiduals) and jac is None
     descent = GaussNewton(_scale(x_scale, border), second=second, dogleg=method == "dogleg", rtol=rtol, atol=atol)
-    state = State(method, border, {"x": border.x0}) if state is None else state
+    if given is None:
+        state = State(method, border, {"x": project(border.x0, box)})
+    else:
+        state = State(method, border, dict(given.memory), replace(given.trace, rows=list(given.trace.rows)))
+        if len(state.trace):
+            c, last = fit.counts, state.trace[-1]
+            c.nfev, c.njev, c.nhev, c.nhvp = last.nfev, last.njev, last.nhev, last.nhvp
 
-    def after(state: State, point: Point) -> None:
-        if callback is not None:
-            callback(border.outside(point.x))
+    def tell(state: State, point: Point) -> None:
+        assert callback is not None and isinstance(point, FitPoint)
+        result = _result(point, Status.MAX_STEPS, state)
+        if whole:
+            callback(intermediate_result=result)
+        else:
+            callback(result.x)
 
+    told = None if callback is None else tell
+    whole = callback is not None and "intermediate_result" in inspect.signature(callback).parameters
     point, status = solve(
-        fit, Method(method, descent, TrustRegion()), state, rtol=rtol, atol=atol, max_steps=max_steps, callback=after
+        fit, Method(method, descent, TrustRegion()), state, rtol=rtol, atol=atol, max_steps=max_steps, callback=told
     )
     assert isinstance(point, FitPoint)
-    result = _result(point, status, state, descent)
+    if status in (Status.KINK, Status.STALLED, Status.WRONG_GRADIENT) and _within_rounding(point):
+        status = Status.PRECISION
+    result = _result(point, status, state)
     if throw and not result.success:
         raise MinimizeError(result)
     return result
 
 
-def _result(point: FitPoint, status: Status, state: State, descent: GaussNewton) -> LeastSquaresResult:
+def _result(point: FitPoint, status: Status, state: State) -> LeastSquaresResult:
     fit, at, border = point.fit, point.found, point.fit.border
     m, n = at.r.numel(), fit.n
     usable = math.isfinite(point.value)
@@ -197,7 +215,7 @@ def _result(point: FitPoint, status: Status, state: State, descent: GaussNewton)
     if m < n:
         words.append("fewer residuals than unknowns: one of many solutions")
     return LeastSquaresResult(
-        x=border.outside(point.x),
+        x=border.outside(point.x.clone()),
         fun=fun.numpy() if isinstance(border, Arrays) else fun,
         jac=J,
         cost=point.value,
@@ -217,6 +235,19 @@ def _result(point: FitPoint, status: Status, state: State, descent: GaussNewton)
         state=state,
         inverse=(lambda: border.matrix(_inverse(point))) if dense and usable else None,
     )
+
+
+def _within_rounding(point: FitPoint) -> bool:
+    """Whether even the best step along the gradient gains less than the rounding of the cost.
+
+    Gauss-Newton's model goes on to promise more where residuals remain (all of the cost, if J is square), and that its
+    promises fail tells nothing about the function.
+    """
+    g = point.gradient()
+    root, _ = point.weighted()
+    bend = float((root * point.fit.source.push(point.x, point.found, g)).square().sum() + point.fit.l2 * (g @ g))
+    gain = 0.5 * float(g @ g) ** 2 / bend if bend > 0 else 0.0
+    return gain <= NOISE * torch.finfo(g.dtype).eps * point.value
 
 
 def _inverse(point: FitPoint) -> Tensor:
@@ -245,33 +276,6 @@ def _scale(x_scale: Any, border: Border) -> Tensor | None:
     if not bool(((scale > 0) & scale.isfinite()).all()):
         raise ValueError("x_scale must be positive and finite: it is the size of a change of x that matters.")
     return scale
-
-
-def _box(bounds: Any, border: Border) -> tuple[Tensor, Tensor] | None:
-    """Least and largest x [n] of what the user gave."""
-    if bounds is None:
-        return None
-    pair = (bounds.lb, bounds.ub) if hasattr(bounds, "lb") else bounds
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise TypeError(f"bounds must be (least, largest), each a number, shaped as x or None; got {bounds!r}.")
-    low, high = (
-        torch.full_like(border.x0, fill) if side is None else _number_or_shaped(side, border, "bounds")
-        for side, fill in zip(pair, (-math.inf, math.inf), strict=True)
-    )
-    if bool((low.isnan() | high.isnan()).any()):
-        raise ValueError("bounds are NaN in places; use None or inf where there is none.")
-    crossed = (low > high).nonzero()
-    if len(crossed):
-        i = int(crossed[0])
-        raise ValueError(f"bounds are crossed: the least of element {i} is {low[i]:g}, its largest {high[i]:g}.")
-    outside = ((border.x0 < low) | (border.x0 > high)).nonzero()
-    if len(outside):
-        i = int(outside[0])
-        raise ValueError(
-            f"x0 must lie within bounds; element {i} is {border.x0[i]:g}, outside of [{low[i]:g}, {high[i]:g}]. "
-            "Start with x0 clamped to the bounds, or widen them."
-        )
-    return low, high
 
 
 def _number_or_shaped(value: Any, border: Border, name: str) -> Tensor:

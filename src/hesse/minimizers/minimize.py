@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesse.minimizers.autodiff import Autodiff
+from hesse.minimizers.batched import minimize_rows
 from hesse.minimizers.border import Border, border_of
 from hesse.minimizers.bounds import bounds_of, project
 from hesse.minimizers.choice import choose
 from hesse.minimizers.foreign import Foreign, ForeignBorder, foreign_border, language_of
-from hesse.minimizers.autodiff import Autodiff
 from hesse.minimizers.function import Function, Point, Source
+from hesse.minimizers.least_squares import least_squares
 from hesse.minimizers.method import Method
 from hesse.minimizers.numeric import Numeric
+from hesse.minimizers.quasi_newton import inverse_product
 from hesse.minimizers.result import MinimizeError, Result, Status
 from hesse.minimizers.solve import solve
 from hesse.minimizers.state import State
@@ -101,9 +104,15 @@ def minimize(
     """
     _refuse_settings(rtol, atol, max_steps, l1, l2)
     if batched:
-        return _batched(fun, x0, args, method, jac, hess, hessp, l1, l2, bounds, callback, check, throw, rtol, atol, max_steps)
+        _refuse("batched=True", jac=jac, hess=hess, hessp=hessp, l1=l1, bounds=bounds, callback=callback, check=check)
+        rows = minimize_rows(_penalised(fun, args, l2), x0, rtol=rtol, atol=atol, max_steps=max_steps)
+        if throw and not bool(rows.success.all()):
+            raise MinimizeError(rows)
+        return rows
     if method == "lm":
-        return _residuals(fun, x0, args, jac, hess, hessp, l1, l2, bounds, callback, check, throw, rtol, atol, max_steps)
+        _refuse("method='lm'", hess=hess, hessp=hessp, l1=l1, check=check)
+        settings = {"rtol": rtol, "atol": atol, "max_steps": max_steps, "callback": callback, "throw": throw}
+        return least_squares(fun, x0, method="lm", jac=jac, bounds=bounds, l2=l2, args=args, **settings)
     state = x0 if isinstance(x0, State) else None
     border = _border(x0)
     x = border.x0 if state is None else state.memory["x"]
@@ -175,11 +184,8 @@ def _inverse(point: Point, state: State) -> Callable[[], Any] | None:
     if "inverse" in state.memory:
         return lambda: border.matrix(state.memory["inverse"])
     if "steps" in state.memory:
-        from hesse.minimizers.quasi_newton import inverse_product
-
-        eye = torch.eye(point.x.numel()).to(point.x)
-        pairs = state.memory["steps"], state.memory["changes"]
-        return lambda: border.matrix(torch.stack([inverse_product(*pairs, row) for row in eye]))
+        eye, (steps, changes) = torch.eye(point.x.numel()).to(point.x), (state.memory["steps"], state.memory["changes"])
+        return lambda: border.matrix(torch.stack([inverse_product(steps, changes, row) for row in eye]))
     if isinstance(point.known_hessian, Tensor):
         H = point.known_hessian
 
@@ -256,6 +262,24 @@ def _told(callback: Callable[..., Any], report: Callable[[Point, Status], Result
             callback(result.x)
 
     return tell
+
+
+def _refuse(why: str, **given: Any) -> None:
+    """What cannot go together."""
+    names = [name for name, value in given.items() if value is not None and value is not False and value != 0]
+    if names:
+        raise ValueError(f"{why} does not go with {', '.join(names)}; leave {'it' if len(names) == 1 else 'them'} out.")
+
+
+def _penalised(fun: Callable[..., Any], args: tuple[Any, ...], l2: float) -> Callable[[Any], Any]:
+    """A function of many rows with its further arguments, and L2 added to each row."""
+
+    def penalised(x: Any) -> Any:
+        parts = x.values() if isinstance(x, dict) else [x]
+        value = fun(x, *args)
+        return value + 0.5 * l2 * sum(part.reshape(len(part), -1).square().sum(1) for part in parts) if l2 else value
+
+    return penalised
 
 
 def _refuse_settings(rtol: float | None, atol: float, max_steps: int, l1: float, l2: float) -> None:

@@ -116,7 +116,8 @@ def _table(values: Callable[[Tensor], Tensor], x: Tensor, centre: Tensor, move: 
             move = -move / 2**6
             continue
         now, flat, agree = _levels(rows)
-        floor = torch.maximum(floor, EPS / 2 * rows.abs().amax(0))
+        # Far values may be large beyond measure: each table has its own rounding.
+        now = torch.maximum(now, EPS / 2 * rows.abs().amax(0))
         level = torch.where(settled, level, torch.where(agree, now, torch.minimum(level, now)))
         settled |= agree
         if bool(settled.all()):

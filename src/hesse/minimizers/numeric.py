@@ -26,6 +26,8 @@ class Numeric:
         bounds: within which fun is evaluated.
     """
 
+    second = True
+
     def __init__(
         self,
         fun: Callable[..., Any],

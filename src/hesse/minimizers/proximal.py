@@ -28,10 +28,10 @@ from torch import Tensor
 
 from hesse.minimizers.composite import Curvature, Direction, Kinks, least
 from hesse.minimizers.function import Point
+from hesse.minimizers.method import Advance
 from hesse.minimizers.models import Model, Step
 from hesse.minimizers.regions import ENOUGH, GOOD, MOST_TRIALS, NOISE, POOR
 from hesse.minimizers.returned import is_sparse
-from hesse.minimizers.solve import Advance
 from hesse.minimizers.state import scalar
 from hesse.tree import Params
 
@@ -56,15 +56,15 @@ class Proximal:
     """
 
     def begin(self, point: Point) -> Params:
-        """See :class:`hesse.minimizers.solve.Descent`."""
+        """See :class:`hesse.minimizers.method.Descent`."""
         return {}
 
     def model(self, point: Point, memory: Params) -> Model:
-        """See :class:`hesse.minimizers.solve.Descent`."""
+        """See :class:`hesse.minimizers.method.Descent`."""
         return Composite(point, Full(point.hessian()))
 
     def update(self, memory: Params, old: Point, new: Point) -> Params:
-        """See :class:`hesse.minimizers.solve.Descent`."""
+        """See :class:`hesse.minimizers.method.Descent`."""
         return {}
 
 
@@ -137,7 +137,7 @@ class BoxRegion:
     """A trust region that limits every coordinate alike, and never leaves the bounds."""
 
     def advance(self, point: Point, model: Model, memory: Params) -> Advance:
-        """See :class:`hesse.minimizers.solve.Search`."""
+        """See :class:`hesse.minimizers.method.Search`."""
         radius = float(memory["radius"]) if "radius" in memory else model.length
         kept = {"first": memory.get("first", scalar(radius))}
         for _ in range(MOST_TRIALS):

@@ -64,6 +64,8 @@ class Residuals:
     """
 
     without = ""  # where J comes from if the user gives none
+    second = True  # products and Hessians come from the graph of the residuals, not from that of the gradient
+    name: str
 
     def __init__(
         self,
@@ -156,25 +158,31 @@ class TorchResiduals(Residuals):
         if at.graph is None or not m or not n:
             return x.new_zeros(m, n)
         # A column costs two backward passes, the second through a graph that is longer, and a row one.
-        if m > 2 * n:
-            try:
-                u, row = self._lifted(at)
-                return _rows(row, u, torch.eye(n, dtype=x.dtype, device=x.device), m).mT.contiguous()
-            except RuntimeError as error:
-                if "differentiate" not in str(error) and "not implemented" not in str(error):
-                    raise
+        lifted = self._lifted(at) if m > 2 * n else None
+        if lifted is not None:
+            return _rows(lifted[1], lifted[0], torch.eye(n, dtype=x.dtype, device=x.device), m).mT.contiguous()
         return _rows(at.graph, at.leaf, torch.eye(m, dtype=x.dtype, device=x.device), max(m, n))
 
-    def _lifted(self, at: Evaluated) -> tuple[Tensor, Tensor]:
+    def _lifted(self, at: Evaluated) -> tuple[Tensor, Tensor] | None:
+        """u and J'u as a function of it, or None where torch cannot differentiate that."""
         if at.lifted is None:
-            assert at.graph is not None
+            assert at.graph is not None and at.leaf is not None
             with torch.enable_grad():
                 # J'u is linear in u, so any u will do; at zero some formulas (logcumsumexp) give NaN.
                 u = torch.ones_like(at.r, requires_grad=True)
-                assert at.leaf is not None
                 (row,) = torch.autograd.grad(
                     at.graph, at.leaf, u, create_graph=True, allow_unused=True, materialize_grads=True
                 )
+            # A custom Function without a second derivative raises, or leaves u out without a word: 1'J w = w'w for
+            # w = J'1 tells.
+            w = row.detach()
+            try:
+                Jw = _row(row, u, w)
+            except RuntimeError:
+                return None
+            size = float(w @ w)
+            if abs(float(Jw.sum()) - size) > torch.finfo(w.dtype).eps ** 0.5 * (size + float(Jw.abs().sum())):
+                return None
             at.lifted = u, row
         return at.lifted
 
@@ -183,8 +191,14 @@ class TorchResiduals(Residuals):
             return super().push(x, at, v)
         if at.graph is None:
             return torch.zeros_like(at.r)
-        u, row = self._lifted(at)
-        return _row(row, u, v)
+        lifted = self._lifted(at)
+        if lifted is None:
+            raise RuntimeError(
+                f"J [{at.r.numel()}, {x.numel()}] is too large to form, and torch has no products J v with it: "
+                "something in residual has no second derivative (a custom autograd.Function marked "
+                "once_differentiable). Write it with other operations, or give jac."
+            )
+        return _row(lifted[1], lifted[0], v)
 
     def pull(self, x: Tensor, at: Evaluated, u: Tensor) -> Tensor:
         if self.dense(at):

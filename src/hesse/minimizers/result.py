@@ -72,7 +72,7 @@ _SENTENCES = {
 class MinimizeError(RuntimeError):
     """Raised under ``throw=True`` by a solve without success; ``error.result`` is what it had found."""
 
-    def __init__(self, result: Result) -> None:
+    def __init__(self, result: Any) -> None:
         self.result = result
         super().__init__(result.message)
 

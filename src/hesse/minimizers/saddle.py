@@ -37,6 +37,8 @@ def lowest(point: Point) -> tuple[float, Tensor]:
     n = point.x.numel()
     generator = torch.Generator().manual_seed(0)  # the same answer at every call
     v = torch.randn(n, generator=generator, dtype=torch.float64).to(point.x)
+    if not point.function.source.second:
+        point = point.function.curved_at(point.x)
     space = Lanczos(point.product, v, min(n, PRODUCTS))
     while not space.ended:
         space.grow()

@@ -99,7 +99,7 @@ def _solve(
         delta -= (1 / size - 1 / want) / rise if 0 < rise < math.inf else 0.0
         miss = abs(math.log(size / want)) if want > 0 else math.inf
         if not below < delta < above or miss > 0.5 * missed:  # many decades away: halve the decades
-            delta = math.sqrt(max(below, above * 1e-32) * above)
+            delta = math.sqrt(max(below, above * 1e-32)) * math.sqrt(above)  # their product may underflow
         missed = miss
         if above - below <= 1e-15 * above:
             break

@@ -66,6 +66,8 @@ def solve(
                 status = Status.MAX_STEPS
             elif status is None:
                 advance = method.search.advance(point, model, memory)
+                if advance.point is None and model.lowest < 0:  # a gradient of zero tells the search no way down
+                    advance = leave(point, Status.SADDLE)[1]
                 status = diagnose(point, model) if advance.point is None else None
             if status is not None:
                 return point, status
@@ -85,11 +87,14 @@ def solve(
 def _done(point: Point, model: Model, memory: Params, rtol: float, atol: float) -> Status | None:
     if point.value == -math.inf:
         return Status.UNBOUNDED
-    if model.lowest < 0 or math.isinf(model.predicted):
-        gone, begun = float((point.x - memory["origin"]).norm()), float(memory["origin"].norm())
-        if "first" in memory and gone > FAR * max(float(memory["first"]), begun):
-            return Status.UNBOUNDED
     steepest, known = point.steepest(), not math.isnan(model.lowest)
+    gained = float(memory["start"]) - point.value
+    # Where curvature is unknown, a promise of as much again as was gained is that of a line.
+    if model.lowest < 0 or math.isinf(model.predicted) or (not known and model.predicted > 0.1 * gained):
+        gone, begun = float((point.x - memory["origin"]).norm()), float(memory["origin"].norm())
+        # From a start at zero and flat the first step may have any length: the last unit is one.
+        if "first" in memory and gone > FAR * max(float(memory["first"]), begun, 1.0):
+            return Status.UNBOUNDED
     if model.lowest < 0:
         return None
     if steepest <= atol:
@@ -99,7 +104,6 @@ def _done(point: Point, model: Model, memory: Params, rtol: float, atol: float) 
         return None
     if math.isinf(model.predicted):
         return None if known else Status.CONVERGED
-    gained = float(memory["start"]) - point.value
     before = float(memory["promised"]) if "promised" in memory else math.inf
     memory["promised"] = scalar(model.predicted)
     # Where the least value is 0 there is no |f| to hold the promise against. Then more digits are asked for, and while
