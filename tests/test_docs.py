@@ -10,7 +10,7 @@ import pytest
 import torch
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = sorted([*DOCS.glob("optimizers/*.md"), *(DOCS / f"{name}.md" for name in ("choose", "damping", "step"))])
+PAGES = sorted([*DOCS.glob("optimizers/*.md"), *(DOCS / f"{name}.md" for name in ("choose", "damping", "minimize", "newton", "step"))])
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)\)")
 

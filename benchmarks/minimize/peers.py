@@ -292,6 +292,9 @@ def _scipy_least(method: str) -> Callable[[Problem, Meter], Outcome]:
     def solve(problem: Problem, meter: Meter) -> Outcome:
         from scipy.optimize import least_squares
 
+        if problem.n > 2000:  # nothing can interrupt LAPACK, and one dense factorisation takes minutes
+            raise OutOfTime(f"not tried: a factorisation of {problem.n} x {problem.n} alone is longer than the limit")
+
         def residual(x: np.ndarray) -> np.ndarray:
             meter.look()
             meter.nfev += 1

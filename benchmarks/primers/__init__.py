@@ -1,1 +1,1 @@
-"""Pictures of docs/damping.md and docs/step.md, measured on small networks: ``python -m benchmarks.primers``."""
+"""Pictures of docs/damping.md, docs/step.md and docs/newton.md, measured on small networks and functions: ``python -m benchmarks.primers``."""

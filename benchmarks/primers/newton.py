@@ -103,7 +103,7 @@ def scale_table() -> list[str]:
     for bend in (0.02, 2.0, 4.4, 4.5, 10.0, 200.0):
         problem = parabola(bend / 2)
         factors = [
-            (3 - 3 * (1 - ALPHA * bend) - 3) / -3,  # gradient descent, in closed form: held against the run below
+            1 - ALPHA * bend,
             1 - ALPHA,
             1 - ALPHA * bend**2,
             0.0,
@@ -114,8 +114,9 @@ def scale_table() -> list[str]:
             multiplied(ALPHA, bend, 1)[1] / 3,
             fixed(problem, Exact(), 1.0, 1).distances[1] / 3,
         ]
+        # Closed forms, held against a step of each.
         assert np.allclose(np.abs(factors), ran, atol=1e-12), (factors, ran)
-        cells = (f"**{factor:.4g}**" if abs(factor) > 1 else f"{factor:.4g}" for factor in factors)
+        cells = (f"**{factor:.5g}**" if abs(factor) > 1 else f"{factor:.5g}" for factor in factors)
         rows.append(f"| {bend:g} | {' | '.join(cells)} |")
     return rows
 
@@ -125,6 +126,9 @@ CASES: dict[str, tuple[Problem, Any]] = {
     "100 (x - 3)^2 along the gradient": (parabola(100.0), Gradient()),
     "sqrt(1 + x^2) along Newton's direction": (BRANCH, Exact()),
 }
+
+
+SHORT = dict(zip(CASES, ("(x - 3)², gradient", "100 (x - 3)², gradient", "sqrt(1 + x²), Newton"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ def draw_quadratic() -> None:
                                va="center", fontsize=8, color=colour)  # fmt: skip
     panels[0].set(yscale="log", xlabel="iteration", ylabel="distance to the minimum", xlim=(-3, 116), ylim=(3e-17, 30))
     panels[0].set_title("(x - 3)², from 0", fontsize=10)
-    panels[0].legend(frameon=False, fontsize=8, loc=(0.42, 0.12))
+    panels[0].legend(frameon=False, fontsize=8, loc=(0.05, 0.04))
     bends = np.logspace(-2, 2.3, 400)
     factors = (1 - ALPHA * bends, np.full_like(bends, 1 - ALPHA), 1 - ALPHA * bends**2, np.zeros_like(bends))
     panels[1].axhspan(-3, -1, color="0.93", zorder=0)
@@ -218,8 +222,9 @@ def draw_overshoot() -> None:
     panels[0].plot([2, -8], [root, low], "o", color="C2", markersize=5)
     panels[0].plot([-8], [math.sqrt(65)], "o", color="black", markersize=5)
     panels[0].plot([-8, -8], [low, math.sqrt(65)], ":", color="black", linewidth=1)
+    panels[0].annotate("what is there", (-8, math.sqrt(65)), (8, 2), textcoords="offset points", fontsize=9)
     panels[0].annotate("x = 2", (2, root), (6, -8), textcoords="offset points", fontsize=9)
-    panels[0].annotate("Newton's step: -8", (-8, low), (8, -3), textcoords="offset points", fontsize=9)
+    panels[0].annotate("Newton's step: -8", (-8, low), (-4, -15), textcoords="offset points", fontsize=9)
     panels[0].set(xlabel="x", ylim=(-4, 10))
     panels[0].legend(frameon=False, fontsize=9, loc="lower right")
     ways = {
@@ -254,16 +259,17 @@ def draw_alpha() -> None:
         panels[0].plot(grid, ends, color=colour, linewidth=1, alpha=0.5)
         study = random_search(problem, descent)
         tried = [min(max(distance, FLOOR), top) for distance in study.distances]
-        panels[0].plot(study.alphas, tried, "o", color=colour, markersize=4, label=name)
+        panels[0].plot(study.alphas, tried, "o", color=colour, markersize=4, label=SHORT[name])
     panels[0].set(xscale="log", yscale="log", xlabel="alpha, the same in all ten steps", ylim=(3e-17, 3e6))
     panels[0].set_ylabel("distance after ten steps (1e6: or more)")
-    panels[0].legend(frameon=False, fontsize=8, loc="lower left")
+    panels[0].legend(frameon=False, fontsize=8, loc=(0.215, 0.03), handletextpad=0.1)
     panels[0].set_title("dots: what random search tried", fontsize=10)
-    for (name, (problem, descent)), colour in zip(CASES.items(), ("C0", "C3", "C2"), strict=True):
+    # The first is wide, for the second lies on it.
+    for (name, (problem, descent)), colour, wide in zip(CASES.items(), ("C0", "C3", "C2"), (3.5, 1, 1), strict=True):
         for search, style in ((Armijo(), "o-"), (Wolfe(), "s--")):
             way = walk(problem, descent, search)
             distances = [max(d, FLOOR) for d in way.distances]
-            panels[1].plot(way.spent, distances, style, color=colour, markersize=4, linewidth=1.2)
+            panels[1].plot(way.spent, distances, style, color=colour, markersize=3 + wide, linewidth=1.1 * wide)
         study = random_search(problem, descent)
         best = np.minimum.accumulate([max(d, FLOOR) for d in study.distances])
         panels[1].step(np.cumsum(study.spent), best, where="post", color=colour, linewidth=1.2, label=name)
@@ -279,12 +285,3 @@ def _styles(panel: Any) -> tuple[list[Any], list[str]]:
     """The legend of the line styles alone: colours are said on the left."""
     handles, labels = panel.get_legend_handles_labels()
     return handles[-3:], labels[-3:]
-
-
-def main() -> None:
-    for table in (quadratic_table, scale_table, alpha_table):
-        print(table.__doc__, *table(), sep="\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -43,7 +43,7 @@ def test_lasso_is_scikit_learns(rows: int, n: int, l1: float, curvature: str) ->
     theirs = Lasso(alpha=l1, fit_intercept=False, tol=1e-14, max_iter=100_000).fit(A.numpy(), y.numpy()).coef_
     assert status.success
     # The last model promises less than rtol of the value; the root of that is the error of x.
-    tolerance = {"hessian": 1e-9, "products": 1e-6, "l-bfgs": 1e-5}[curvature]
+    tolerance = {"hessian": 1e-9, "products": 1e-6, "l-bfgs": 1e-4}[curvature]
     np.testing.assert_allclose(point.x.numpy(), theirs, atol=tolerance)
     assert kkt(point) < tolerance
     assert point.x.eq(0).tolist() == (theirs == 0).tolist()
@@ -115,8 +115,10 @@ def test_logistic_regression_is_scikit_learns(
     value = float(loss(w)) + l1 * float(w.abs().sum())
     assert status.success
     assert point.value <= value * (1 + (1e-9 if curvature == "l-bfgs" else 1e-10))
+    # Of a Hessian to what is asked for; products leave a part of each model, and so does liblinear on the digits.
+    atol = 1e-6 if curvature == "hessian" and data is cancer else 5e-6
     if curvature != "l-bfgs":  # gradients alone end where the value has no more digits, half of x's
-        torch.testing.assert_close(point.x, w, atol=5e-6 if data is digits else 1e-6, rtol=0)
+        torch.testing.assert_close(point.x, w, atol=atol, rtol=0)
         assert len(state.trace) <= 16
         assert point.x.eq(0).tolist() == w.eq(0).tolist()
 
@@ -202,3 +204,13 @@ def test_a_cube_is_refused() -> None:
 
     with pytest.raises(TypeError, match="prox-newton"):
         Composite(point, Full(point.hessian())).cubed(1.0)
+
+
+def test_a_sweep_takes_each_coordinate_to_its_least_value() -> None:
+    # Without coupling one sweep is the solution: soft thresholding, then clipping. H d is what it returns beside it.
+    bends = torch.tensor([1.0, 2.0, 4.0, 1.0, 1.0], dtype=torch.float64)
+    r = torch.tensor([-3.0, 3.0, 0.5, -0.5, -9.0], dtype=torch.float64)
+    z, end = torch.zeros(5, dtype=torch.float64), torch.full((5,), 4.0, dtype=torch.float64)
+    new, change = Full(bends.diag()).sweep(z, r, Kinks(1.0, -end, end), 1)
+    assert new.tolist() == [2.0, -1.0, 0.0, 0.0, 4.0]
+    torch.testing.assert_close(change, bends * new, **ALGEBRA)

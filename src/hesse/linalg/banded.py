@@ -117,6 +117,19 @@ class SparseMatrix:
     data: Tensor
     _scipy: list[Any] = field(default_factory=list, repr=False)
 
+    @classmethod
+    def of(cls, matrix: Any, dtype: torch.dtype) -> SparseMatrix:
+        """A square ``scipy.sparse`` matrix on the pattern of its elements, their mirror images and the diagonal."""
+        from scipy.sparse import csr_array, eye_array
+
+        # A sum stores every place of both, in order.
+        ones = abs(csr_array(matrix).sign()) + eye_array(matrix.shape[0], format="csr")
+        places = (ones + ones.T).tocsr()
+        places.sort_indices()
+        pattern = Pattern(places.indptr, places.indices.astype(np.int64))
+        found = csr_array(matrix)[pattern.rows, pattern.indices]
+        return cls(pattern, torch.from_numpy(np.asarray(found, dtype=np.float64).reshape(-1)).to(dtype))
+
     @property
     def shape(self) -> torch.Size:
         return torch.Size([self.pattern.n, self.pattern.n])
@@ -145,6 +158,12 @@ class SparseMatrix:
         where = (torch.from_numpy(self.pattern.rows), torch.from_numpy(self.pattern.indices))
         full[where] = self.data
         return full
+
+    def shifted(self, shift: float) -> SparseMatrix:
+        """``H + shift I``."""
+        data = self.data.clone()
+        data[torch.from_numpy(self.pattern.diagonal).to(data.device)] += shift
+        return SparseMatrix(self.pattern, data)
 
     def row_sums(self) -> Tensor:
         """``sum_j |H_ij|`` [n]: the largest bounds every eigenvalue; with the diagonal they give Gershgorin's discs."""

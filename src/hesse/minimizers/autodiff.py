@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hesse.curvature.compressed import CompressedHessian
 from hesse.curvature.dense import dense_hessian, product
+from hesse.linalg.banded import SparseMatrix
 from hesse.minimizers.border import Border
 from hesse.minimizers.function import Counts
 
@@ -28,22 +29,18 @@ class Autodiff:
         border: the user's kind of x.
         args: further arguments of fun.
         second: whether second derivatives will be asked for: gradients keep their graph, at twice the cost.
-        need: whether a gradient will be asked for at all; not where the user gives ``jac``.
     """
 
     name = "autodiff"
 
     def __init__(
-        self, fun: Callable[..., Any], border: Border, args: tuple[Any, ...] = (), *, second: bool = True, need: bool = True
+        self, fun: Callable[..., Any], border: Border, args: tuple[Any, ...] = (), *, second: bool = True
     ) -> None:
-        self.fun, self.border, self.args, self.second, self.need = fun, border, args, second, need
+        self.fun, self.border, self.args, self.second = fun, border, args, second
         self.counts = Counts()
         self.sparse: CompressedHessian | None = None
 
     def value(self, x: Tensor) -> tuple[Any, Any]:
-        if not self.need:
-            with torch.no_grad():
-                return self.fun(self.border.outside(x), *self.args), None
         leaf = x.detach().clone().requires_grad_()
         with torch.enable_grad():
             out = self.fun(self.border.outside(leaf), *self.args)
@@ -65,16 +62,19 @@ class Autodiff:
             )
         return g
 
-    def hessian(self, x: Tensor, handle: Any, gradient: Tensor) -> Any:
+    def hessian(self, x: Tensor, handle: Any, gradient: Tensor) -> Tensor | SparseMatrix:
         leaf = handle[0]
         if self.sparse is not None:
             H = self.sparse.recover(gradient, leaf)
             if self.sparse.holds(H, gradient, leaf):
                 return H
-            # Another branch of the function was taken: what depends on what has changed.
+            # Another branch of the function was taken, and what depends on what has changed.
             self.sparse = self.trace(x)
-            if self.sparse is not None:
-                return self.sparse.recover(gradient, leaf)
+        if self.sparse is not None:
+            H = self.sparse.recover(gradient, leaf)
+            if self.sparse.holds(H, gradient, leaf):
+                return H
+            self.sparse = None  # part of it leaves torch, where no trace can follow
         H = dense_hessian(gradient, leaf)
         return 0.5 * (H + H.T)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hesse.minimizers.returned import real
 from hesse.tree import Layout
 
 __all__ = ["Arrays", "Border", "Named", "Tensors", "border_of", "described"]
@@ -71,7 +72,7 @@ class Tensors(Border):
         return x.view(self.shape)
 
     def inside(self, value: Given, name: str) -> Tensor:
-        got = _real(value, name).to(self.x0.device, self.x0.dtype)
+        got = real(value, name).to(self.x0.device, self.x0.dtype)
         if got.shape != self.shape and got.shape != self.x0.shape:
             raise ValueError(f"{name} must have the shape of x0, {list(self.shape)}; got {list(got.shape)}.")
         return got.detach().reshape(-1)
@@ -97,7 +98,7 @@ class Named(Border):
             return value.detach().to(self.x0)
         if not isinstance(value, Mapping):
             raise TypeError(f"{name} must be a dict of tensors, as x0 is; got {type(value).__name__}.")
-        return self.layout.flatten({key: _real(v, name) for key, v in value.items()}).detach().to(self.x0)
+        return self.layout.flatten({key: real(v, name) for key, v in value.items()}).detach().to(self.x0)
 
 
 class Arrays(Border):
@@ -117,7 +118,7 @@ class Arrays(Border):
         return x.numpy().reshape(self.shape).copy()
 
     def inside(self, value: Given, name: str) -> Tensor:
-        got = _real(value, name).to(self.x0.dtype)
+        got = real(value, name).to(self.x0.dtype)
         if got.shape != self.shape and got.shape != self.x0.shape:
             raise ValueError(f"{name} must have the shape of x0, {list(self.shape)}; got {list(got.shape)}.")
         return got.detach().reshape(-1).clone()
@@ -180,19 +181,9 @@ def _refuse_dtype(dtype: torch.dtype, name: str) -> None:
 
 def _wrong_dtype(dtype: str, name: str) -> TypeError:
     if "complex" in dtype:
-        remedy = "Minimise over the real and imaginary parts: torch.view_as_real(x0)."
+        remedy = "Minimise over the real and imaginary parts: torch.view_asreal(x0)."
     elif "int" in dtype or "bool" in dtype:
         remedy = "Integers cannot move by small steps: write 1.0 in place of 1, or x0.double()."
     else:
         remedy = "Half precision has too few digits for a solve: use x0.float() or x0.double()."
     return TypeError(f"{name} must be float32 or float64; got {dtype}. {remedy}")
-
-
-def _real(value: Given, name: str) -> Tensor:
-    try:
-        got = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value, dtype=np.float64))
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be real numbers, shaped as x0; got {type(value).__name__}.") from None
-    if got.is_complex():
-        raise TypeError(f"{name} must be real; got {got.dtype}.")
-    return got

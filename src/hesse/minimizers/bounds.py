@@ -36,12 +36,14 @@ def bounds_of(bounds: Any, border: Border) -> tuple[Tensor, Tensor] | None:
         low, high = bounds.lb, bounds.ub
     elif isinstance(bounds, tuple) and len(bounds) == 2:
         low, high = bounds
+    elif getattr(bounds, "shape", None) == (border.x0.numel(), 2):
+        low, high = bounds[:, 0], bounds[:, 1]
     elif isinstance(bounds, list) and len(bounds) == border.x0.numel() and all(len(pair) == 2 for pair in bounds):
         low = torch.tensor([-math.inf if a is None else a for a, _ in bounds])
         high = torch.tensor([math.inf if b is None else b for _, b in bounds])
     else:
         raise TypeError(
-            "bounds must be a tuple (low, high), each a number, None or shaped as x0; or a list of one pair for each of "
+            "bounds must be a tuple (low, high), each a number, None or shaped as x0; or a list or array of one pair for each of "
             f"the {border.x0.numel()} elements of x0; got {bounds!r}."
         )
     found = _side(low, -math.inf, "the lower bound", border), _side(high, math.inf, "the upper bound", border)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib.util import find_spec
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ COMPOSITE = {
 LARGE = Method("prox-newton", ProjectedCG(), BoxRegion())
 
 
-def choose(method: str | Method, function: Function, x: Tensor) -> tuple[Method, str]:
+def choose(method: str | Method | None, function: Function, x: Tensor) -> tuple[Method, str]:
     """The method, and what is to be said about the choice.
 
     Raises:
@@ -35,8 +35,10 @@ def choose(method: str | Method, function: Function, x: Tensor) -> tuple[Method,
     """
     if isinstance(method, Method):
         return method, ""
+    if method is not None and not isinstance(method, str):
+        raise TypeError(f"method must be a name or a Method; got {type(method).__name__}.")
     composite = bool(function.l1) or function.bounds is not None
-    if method == "auto":
+    if method is None or method == "auto":
         return _auto(function, x, composite)
     name = method.lower().replace("_", "-")
     name = "l-bfgs-b" if name == "l-bfgs" else name
@@ -79,7 +81,8 @@ def _whole(function: Function, x: Tensor) -> str:
         return "hess given"
     if function.hessp is not None and n > SMALL:
         return ""
-    if isinstance(source, Autodiff) and n > SMALL and function.jac is None and not (function.l1 or function.bounds):
+    composite = bool(function.l1) or function.bounds is not None
+    if isinstance(source, Autodiff) and n > SMALL and not composite and find_spec("scipy") is not None:
         source.sparse = source.trace(x)
         if source.sparse is not None:
             return f"sparse Hessian from {source.sparse.products} products"

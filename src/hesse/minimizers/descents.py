@@ -7,6 +7,9 @@ superlinear convergence if the residual shrinks with it (Dembo, Eisenstat and St
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from hesse.minimizers.factored import Factored
@@ -14,10 +17,14 @@ from hesse.minimizers.function import Point
 from hesse.minimizers.krylov import Krylov
 from hesse.minimizers.models import Dense, Model
 from hesse.minimizers.state import scalar
+from hesse.minimizers.quasi_newton import Direction
 from hesse.minimizers.steihaug import Dogleg, Steihaug
 from hesse.tree import Params
 
-__all__ = ["Bent", "Exact", "Products", "Truncated"]
+__all__ = ["Bent", "Exact", "Mended", "Products", "Truncated"]
+
+# A model is half true where the decrease differed from the promise by more than a little and less than half.
+HALF = (0.1, 0.5)
 
 
 class Exact:
@@ -30,11 +37,48 @@ class Exact:
     def model(self, point: Point, memory: Params) -> Model:
         """See :class:`hesse.minimizers.method.Descent`."""
         H, g = point.hessian(), point.gradient()
-        return Dense(H, g, point.x) if isinstance(H, Tensor) else Factored(H, g)
+        if not bool((H if isinstance(H, Tensor) else H.data).isfinite().all()):
+            return Direction(-g, -float(g @ g), natural=False)  # a step by the gradient leads away from there
+        return Dense(H, g, point.x) if isinstance(H, Tensor) else Factored(H, g, point.x)
 
     def update(self, memory: Params, old: Point, new: Point) -> Params:
         """See :class:`hesse.minimizers.method.Descent`."""
         return {}
+
+
+class Mended(Exact):
+    """The whole Hessian, and every other time, where it proved half true, the last one mended.
+
+    A step along a curved valley ends off its floor, and the next one only goes back there. For that the old Hessian will
+    do, once it fits the change of the gradient that was seen: the symmetric matrix nearest to it that does (Powell's
+    symmetric Broyden update). Where the model was true (the end of a solve) Newton's own convergence is worth its price,
+    and where it was false nothing of it is kept.
+
+    References:
+        Powell, A new algorithm for unconstrained optimization, 1970.
+    """
+
+    def model(self, point: Point, memory: Params) -> Model:
+        """See :class:`hesse.minimizers.method.Descent`."""
+        if "mended" in memory:
+            model = Dense(memory.pop("mended"), point.gradient(), point.x)
+            if model.lowest >= 0 and math.isfinite(model.predicted):
+                return model
+        return super().model(point, memory)
+
+    def update(self, memory: Params, old: Point, new: Point) -> Params:
+        """See :class:`hesse.minimizers.method.Descent`."""
+        H = old.known_hessian
+        if not isinstance(H, Tensor):
+            return {}
+        s, g = new.x - old.x, old.gradient()
+        Hs = H @ s
+        promised = -float(g @ s + 0.5 * s @ Hs)
+        if not promised > 0 or not HALF[0] <= abs((old.value - new.value) / promised - 1) < HALF[1]:
+            return {}
+        r, ss = new.gradient() - g - Hs, s @ s
+        rs = torch.outer(r, s)
+        return {"mended": H + (rs + rs.T) / ss - (r @ s) / ss**2 * torch.outer(s, s)}
 
 
 class Bent(Exact):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hesse.linalg.banded import SparseFactor, SparseMatrix
-from hesse.minimizers.models import Step
+from hesse.minimizers.models import Dense, Step
 
 __all__ = ["Factored"]
 
@@ -27,20 +27,20 @@ class Factored:
     Args:
         H: [n, n] symmetric.
         g: [n].
+        x: [n].
     """
 
     natural = True
 
-    def __init__(self, H: SparseMatrix, g: Tensor) -> None:
-        self.H, self.g = H, g
+    def __init__(self, H: SparseMatrix, g: Tensor, x: Tensor) -> None:
+        self.H, self.g, self.x = H, g, x
         self.top = float(H.row_sums().max())
-        factor = H.factor()
-        self.newton = None if factor is None else -factor.solve(g)
+        # Curvature that is 0 but for rounding is not negative: variables of which the function depends no more.
+        self.factors = H.factor() or H.factor(torch.finfo(g.dtype).eps * self.top)
+        self.newton = None if self.factors is None else -self.factors.solve(g)
         if self.newton is not None and not bool(self.newton.isfinite().all()):
             self.newton = None
         self.predicted = math.inf if self.newton is None else -0.5 * float(g @ self.newton)
-        # The least shift known to have factors, and the largest known to have none.
-        self.above, self.below = math.inf, 0.0 if self.newton is not None else -math.inf
         self.lowest = 1.0 if self.newton is not None else -1.0
         self._shift = 0.0
 
@@ -61,16 +61,15 @@ class Factored:
         if self.newton is None:
             shift, factor, s = self._positive()
         else:
-            factor = self.H.factor()
-            shift, s = 0.0, self.newton
+            shift, factor, s = 0.0, self.factors, self.newton
         assert factor is not None
         for _ in range(FACTORISATIONS):
             size = float(s.norm())
             if abs(size - radius) <= CLOSE * radius:
                 break
             # Newton's step for 1/||s|| - 1/radius.
-            slope = float(s @ factor.solve(s)) / size**2
-            new = shift + (size - radius) / radius / slope if slope > 0 else 2 * shift
+            slope = float(s @ factor.solve(s)) / size**2 if size > 0 else 0.0
+            new = shift + (size - radius) / radius / slope if slope > 0 else 2 * shift if size > radius else low
             if size > radius:
                 low = max(low, shift)
             else:
@@ -87,14 +86,14 @@ class Factored:
                         return self._step(self._lengthened(factor, s, radius))
             shift, factor = new, found
             s = -factor.solve(self.g)
-        return self._step(s)
+        return self._step(s if float(s.norm()) >= (1 - CLOSE) * radius else self._lengthened(factor, s, radius))
 
     def _floor(self, shift: float, low: float) -> bool:
         return shift - low <= 1e-6 * shift
 
     def cubed(self, sigma: float) -> Step:
-        """The length that solves the cubic problem is between two regions: bisect it."""
-        raise TypeError("cubic steps need a whole Hessian or products: use 'trust-exact' for a sparse one, or 'arc-krylov'.")
+        """By the whole matrix: the cubic problem has no cheaper way."""
+        return Dense(self.H.dense(), self.g, self.x).cubed(sigma)
 
     def _positive(self) -> tuple[float, SparseFactor, Tensor]:
         """A shift that makes the curvature positive, its factors, and the step."""

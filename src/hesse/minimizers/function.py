@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hesse.linalg.banded import SparseMatrix
 from hesse.minimizers.border import Border
-from hesse.minimizers.returned import identity_like, number, square
+from hesse.minimizers.returned import number, square
 
 __all__ = ["Counts", "Function", "Point", "Source"]
 
@@ -45,8 +46,8 @@ class Source(Protocol):
     def gradient(self, x: Tensor, handle: Any) -> Tensor:
         """[n]"""
 
-    def hessian(self, x: Tensor, handle: Any, gradient: Tensor) -> Any:
-        """[n, n], dense or sparse."""
+    def hessian(self, x: Tensor, handle: Any, gradient: Tensor) -> Tensor | SparseMatrix:
+        """[n, n]"""
 
     def product(self, x: Tensor, handle: Any, gradient: Tensor, v: Tensor) -> Tensor:
         """H v [n]"""
@@ -116,7 +117,7 @@ class Point:
         self.function, self.x, self.value = function, x, value
         self._handle = handle
         self._raw: Tensor | None = None
-        self._hessian: Any = None
+        self._hessian: Tensor | SparseMatrix | None = None
 
     def gradient(self) -> Tensor:
         """[n] of the smooth part, L2 included."""
@@ -139,18 +140,19 @@ class Point:
             self._raw = f.given_gradient(self.x) if f.jac is not None else f.source.gradient(self.x, self._handle)
         return self._raw
 
-    def hessian(self) -> Any:
-        """[n, n] dense, or a sparse matrix, L2 included."""
+    def hessian(self) -> Tensor | SparseMatrix:
+        """[n, n], L2 included."""
         if self._hessian is None:
             f = self.function
             gradient = self._plain_gradient()
             f.counts.nhev += 1
             if f.hess is not None:
-                self._hessian = square(f.hess(f.border.outside(self.x)), self.x)
+                H = square(f.hess(f.border.outside(self.x)), self.x)
+            elif f.hessp is not None:
+                H = torch.stack([self._given_product(v) for v in torch.eye(f.n).to(self.x)])
             else:
-                self._hessian = f.source.hessian(self.x, self._handle, gradient)
-            if f.l2:
-                self._hessian = self._hessian + f.l2 * identity_like(self._hessian)
+                H = f.source.hessian(self.x, self._handle, gradient)
+            self._hessian = H if not f.l2 else H + f.l2 * torch.eye(f.n).to(H) if isinstance(H, Tensor) else H.shifted(f.l2)
         return self._hessian
 
     def product(self, v: Tensor) -> Tensor:
@@ -159,15 +161,18 @@ class Point:
         gradient = self._plain_gradient()
         f.counts.nhvp += 1
         if f.hessp is not None:
-            Hv = f.border.inside(f.hessp(f.border.outside(self.x), f.border.outside(v)), "hessp")
-        elif f.hess is not None:
-            Hv = self.hessian() @ v
-        else:
-            Hv = f.source.product(self.x, self._handle, gradient, v)
-        return Hv + f.l2 * v
+            return self._given_product(v) + f.l2 * v
+        if f.hess is not None or self._hessian is not None:
+            return self.hessian() @ v
+        return f.source.product(self.x, self._handle, gradient, v) + f.l2 * v
+
+    def _given_product(self, v: Tensor) -> Tensor:
+        f = self.function
+        assert f.hessp is not None
+        return f.border.inside(f.hessp(f.border.outside(self.x), f.border.outside(v)), "hessp")
 
     @property
-    def known_hessian(self) -> Any:
+    def known_hessian(self) -> Tensor | SparseMatrix | None:
         """The Hessian if it was computed here, or None."""
         return self._hessian
 

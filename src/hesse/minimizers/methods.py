@@ -5,7 +5,7 @@ A method is a search times a descent; under the names that SciPy has for them, e
 
 from __future__ import annotations
 
-from hesse.minimizers.descents import Bent, Exact, Products, Truncated
+from hesse.minimizers.descents import Bent, Exact, Mended, Products, Truncated
 from hesse.minimizers.line_search import Armijo, Wolfe
 from hesse.minimizers.quasi_newton import BFGS, LBFGS, Gradient
 from hesse.minimizers.regions import Cubic, TrustRegion
@@ -20,10 +20,10 @@ METHODS = {
     "newton": Method("newton", Exact(), Armijo()),
     "newton-cg": Method("newton-cg", Truncated(), Armijo()),
     "dogleg": Method("dogleg", Bent(), TrustRegion()),
-    "trust-exact": Method("trust-exact", Exact(), TrustRegion()),
+    "trust-exact": Method("trust-exact", Mended(), TrustRegion()),
     "trust-ncg": Method("trust-ncg", Truncated(), TrustRegion()),
     "trust-krylov": Method("trust-krylov", Products(), TrustRegion()),
-    "arc": Method("arc", Exact(), Cubic()),
+    "arc": Method("arc", Mended(), Cubic()),
     "arc-krylov": Method("arc-krylov", Products(), Cubic()),
 }
 

@@ -34,9 +34,9 @@ __all__ = ["minimize"]
 def minimize(
     fun: Callable[..., Any],
     x0: Any,
-    args: tuple[Any, ...] = (),
+    args: Any = (),
     *,
-    method: str | Method = "auto",
+    method: str | Method | None = "auto",
     jac: Callable[..., Any] | bool | None = None,
     hess: Callable[..., Any] | None = None,
     hessp: Callable[..., Any] | None = None,
@@ -102,7 +102,8 @@ def minimize(
         >>> result.success, result.x
         (True, tensor([1., 1.], dtype=torch.float64))
     """
-    _refuse_settings(rtol, atol, max_steps, l1, l2)
+    _refuse_settings(rtol, atol, max_steps, l1, l2, callback)
+    args = args if isinstance(args, tuple) else (args,)
     if batched:
         _refuse("batched=True", jac=jac, hess=hess, hessp=hessp, l1=l1, bounds=bounds, callback=callback, check=check)
         rows = minimize_rows(_penalised(fun, args, l2), x0, rtol=rtol, atol=atol, max_steps=max_steps)
@@ -217,9 +218,9 @@ def _source(
         raise TypeError(f"fun must be a function of x; got {type(fun).__name__}.")
     if isinstance(border, ForeignBorder):
         return Foreign(fun, border, args)
-    if border.language == "numpy":
+    if border.language == "numpy" or jac is not None:
         return Numeric(fun, border, args, jac, box)
-    return Autodiff(fun, border, args, need=jac is None)
+    return Autodiff(fun, border, args)
 
 
 def _with(derivative: Any, args: tuple[Any, ...], name: str) -> Callable[..., Any] | None:
@@ -236,7 +237,8 @@ def _pair(fun: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., An
     last: list[Any] = [None, None]
 
     def both(x: Any, *args: Any) -> Any:
-        key = np.asarray(x).tobytes() if not isinstance(x, Tensor) else x.detach().cpu().numpy().tobytes()
+        parts = x.values() if isinstance(x, dict) else [x]
+        key = [np.asarray(part.detach().cpu() if isinstance(part, Tensor) else part).tobytes() for part in parts]
         if last[0] != key:
             returned = fun(x, *args)
             if not isinstance(returned, tuple) or len(returned) != 2:
@@ -282,7 +284,12 @@ def _penalised(fun: Callable[..., Any], args: tuple[Any, ...], l2: float) -> Cal
     return penalised
 
 
-def _refuse_settings(rtol: float | None, atol: float, max_steps: int, l1: float, l2: float) -> None:
+def _refuse_settings(rtol: Any, atol: Any, max_steps: Any, l1: Any, l2: Any, callback: Any) -> None:
+    for name, value in (("rtol", 0.5 if rtol is None else rtol), ("atol", atol), ("l1", l1), ("l2", l2)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number; got {value!r}.")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of x; got {type(callback).__name__}.")
     if rtol is not None and not 0 < rtol < 1:
         raise ValueError(f"rtol must be between 0 and 1; got {rtol}.")
     for name, value in (("atol", atol), ("l1", l1), ("l2", l2)):

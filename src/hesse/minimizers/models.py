@@ -132,7 +132,9 @@ class Dense:
         if self.newton is not None:
             return self.newton.to(self.dtype)
         w, Q, c = self.eigen
-        shift = max(0.0, -float(w.min())) + torch.finfo(self.dtype).eps ** 0.5 * max(float(w.abs().max()), 1e-300)
+        if not bool(w.any()):
+            return -self.g.to(self.dtype)
+        shift = max(0.0, -float(w.min())) + torch.finfo(self.dtype).eps ** 0.5 * float(w.abs().max())
         return (Q @ (-c / (w + shift))).to(self.dtype)
 
     def within(self, radius: float) -> Step:

@@ -1,4 +1,4 @@
-"""Derivatives of a NumPy function by differences: of its values, or of the gradient that the user gave."""
+"""Derivatives by differences: of a function's values, or of the gradient that the user gave."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Numeric"]
 
 
 class Numeric:
-    """A source of derivatives (see :class:`hesse.minimizers.function.Source`) for a function of arrays.
+    """A source of derivatives (see :class:`hesse.minimizers.function.Source`) for a function that says nothing but numbers.
 
     Args:
         fun: the user's function.
@@ -42,20 +42,21 @@ class Numeric:
         self.name = "differences of values" if jac is None else "differences of jac"
         self._memory: Any = None
         self._bends: Any = None
+        self._error: Tensor | None = None
 
     def value(self, x: Tensor) -> tuple[Any, Any]:
         returned = self.fun(self.border.outside(x), *self.args)
         return returned, returned
 
     def gradient(self, x: Tensor, handle: Any) -> Tensor:
-        g, _, self._memory = differences.gradient(
-            self._counted, x.double(), number(handle), memory=self._memory, bounds=self.bounds
-        )
+        g, self._error, self._memory = self._differences(x, number(handle))
         return g.to(x)
 
     def hessian(self, x: Tensor, handle: Any, gradient: Tensor) -> Tensor:
         if self.jac is None:
-            H, _ = differences.hessian(self._counted, x.double(), number(handle), bounds=self.bounds)
+            H, _ = differences.hessian(
+                self._counted, x.double(), number(handle), memory=self._memory, bounds=self.bounds
+            )
         else:
             H, _, self._bends = differences.hessian_of(
                 self._slope, x.double(), gradient.double(), memory=self._bends, bounds=self.bounds
@@ -63,15 +64,19 @@ class Numeric:
         return H.to(x)
 
     def product(self, x: Tensor, handle: Any, gradient: Tensor, v: Tensor) -> Tensor:
-        return differences.product(self._slope, x.double(), v.double(), gradient.double()).to(x)
+        return differences.product(self._slope, x.double(), v.double(), gradient.double(), error=self._error).to(x)
+
+    def _differences(self, x: Tensor, value: float) -> tuple[Tensor, Tensor, Any]:
+        return differences.gradient(self._counted, x.double(), value, memory=self._memory, bounds=self.bounds)
 
     def _counted(self, x: Tensor) -> float:
         self.counts.nfev += 1
         return number(self.value(x.to(self.border.x0))[0])
 
     def _slope(self, x: Tensor) -> Tensor:
+        """The gradient at a point on the way to a second derivative."""
         y = x.to(self.border.x0)
         if self.jac is None:
-            return self.gradient(y, self.value(y)[1]).double()
+            return self._differences(y, self._counted(y))[0]
         self.counts.njev += 1
         return self.border.inside(self.jac(self.border.outside(y)), "jac").double()

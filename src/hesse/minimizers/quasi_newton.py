@@ -49,9 +49,13 @@ class Direction:
         return float(self.whole.norm())
 
     def within(self, radius: float) -> Step:
-        raise TypeError("a direction has no region: search along it with 'armijo', 'wolfe' or 'fixed'.")
+        """As far as the region goes: the least value of a plane."""
+        size = self.length
+        return Step(self.whole * (radius / size), -self.slope * radius / size, radius) if size else Step(self.whole, 0.0, 0.0)
 
-    cubed = within
+    def cubed(self, sigma: float) -> Step:
+        """The least value of a plane plus a cube."""
+        return self.within((self.length / sigma) ** 0.5)
 
 
 class Gradient:

@@ -26,15 +26,26 @@ ENOUGH, POOR, GOOD = 1e-4, 0.25, 0.75
 # Values differ by rounding alone where less than this many units in the last place was promised: then gradients decide.
 NOISE = 250 * ROUNDING
 MOST_TRIALS = 60
+# Steps are a series where each is this part of the last, and as parallel as this; its sum is taken where it gains as
+# much more than the model promises of the next step alone.
+SERIES, PARALLEL, WORTH = (0.4, 0.95), 0.1, 1.3
 
 
 class TrustRegion:
-    """The least value of the model within a radius."""
+    """The least value of the model within a radius.
+
+    Where Newton's steps repeat themselves, each a fixed part of the last, the function is flatter than a parabola along
+    them (a quartic gives 2/3), and their geometric series is summed at once: Aitken's extrapolation, which for singular
+    minima brings the quadratic convergence back (Decker and Kelley, Newton's method at singular points, 1980).
+    """
 
     def advance(self, point: Point, model: Model, memory: Params) -> Advance:
         """See :class:`hesse.minimizers.method.Search`."""
         radius = float(memory["radius"]) if "radius" in memory else model.length
         kept = {"first": memory.get("first", scalar(radius))}
+        leap = self._leap(point, model, memory, radius)
+        if leap is not None:
+            return leap
         for _ in range(MOST_TRIALS):
             step = model.within(radius)
             new, ratio = attempt(point, step)
@@ -43,11 +54,26 @@ class TrustRegion:
                     radius = 0.5 * step.length
                 elif ratio > GOOD:
                     radius = max(radius, 2 * step.length)
-                return Advance(new, {**kept, "radius": scalar(radius)}, radius, ratio)
+                return Advance(new, {**kept, "radius": scalar(radius), "moved": step.s}, radius, ratio)
             if math.isnan(ratio) or float(step.s.norm()) <= torch.finfo(point.x.dtype).eps * float(point.x.norm()):
                 break
             radius = step.length * shrink(point, step, ratio)
         return Advance(None, kept, radius)
+
+    def _leap(self, point: Point, model: Model, memory: Params, radius: float) -> Advance | None:
+        """The sum of the series that this step and the last begin, if they begin one and it is as low as it says."""
+        if "moved" not in memory or not math.isfinite(model.predicted) or model.length > radius:
+            return None
+        last, s = memory["moved"], model.whole
+        part = float(last @ s / (last @ last))
+        if not SERIES[0] < part < SERIES[1] or float((s - part * last).norm()) > PARALLEL * float(s.norm()):
+            return None
+        new = point.function.at(point.x + s / (1 - part))
+        ratio = (point.value - new.value) / model.predicted
+        if not (ratio > WORTH and math.isfinite(new.value) and new.finite()):
+            return None
+        # The next step begins another series.
+        return Advance(new, {"moved": torch.full_like(s, math.inf)}, radius, ratio)
 
 
 class Cubic:

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["identity_like", "is_sparse", "number", "square"]
+from hesse.linalg.banded import SparseMatrix
+
+__all__ = ["number", "real", "square"]
 
 
 def number(value: Any) -> float:
@@ -29,7 +31,7 @@ def number(value: Any) -> float:
     else:
         try:
             array = np.asarray(value)
-        except ValueError:
+        except (ValueError, RuntimeError):  # ragged, or a tuple of tensors that carry gradients
             array = np.asarray(None)
         dtype, shape = str(array.dtype), list(array.shape)
     if "complex" in dtype:
@@ -49,25 +51,25 @@ def number(value: Any) -> float:
     return float(value.detach()) if isinstance(value, Tensor) else float(np.asarray(value).reshape(()))
 
 
-def square(value: Any, x: Tensor) -> Any:
-    """The user's Hessian at ``x`` [n]: symmetric, [n, n], a tensor or a scipy.sparse array as it was given.
+def square(value: Any, x: Tensor) -> Tensor | SparseMatrix:
+    """The user's Hessian at ``x`` [n]: symmetric, [n, n], sparse if it was.
 
     Raises:
         TypeError: no matrix of real numbers.
         ValueError: another shape, or not symmetric.
     """
     n = x.numel()
-    if not is_sparse(value):
-        try:
-            value = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value, dtype=np.float64))
-        except (TypeError, ValueError):
-            raise TypeError(f"hess must return a matrix [{n}, {n}] of real numbers; got {type(value).__name__}.") from None
-        if value.numel() == n * n and n == 1:
-            value = value.reshape(1, 1)
-        value = value.to(x.device, x.dtype)
+    if is_sparse(value):
+        value = SparseMatrix.of(value, x.dtype)
+    else:
+        value = real(value, "hess").to(x.device, x.dtype)
+        value = value.reshape(1, 1) if value.numel() == n == 1 else value
     if tuple(value.shape) != (n, n):
         raise ValueError(f"hess must return [{n}, {n}], rows and columns in the order of the flattened x; got {list(value.shape)}.")
-    off, size = float(abs(value - value.T).max()) if n else 0.0, float(abs(value).max()) if n else 0.0
+    numbers = value.data if isinstance(value, SparseMatrix) else value
+    if not bool(numbers.isfinite().all()):
+        raise ValueError("hess returned NaN or infinity where fun and its gradient are finite.")
+    off, size = asymmetry(value), float(numbers.abs().max()) if numbers.numel() else 0.0
     # Half the digits: a Hessian by differences has no more.
     if off > torch.finfo(x.dtype).eps ** 0.5 * size:
         raise ValueError(
@@ -77,15 +79,34 @@ def square(value: Any, x: Tensor) -> Any:
     return value
 
 
+def real(value: Any, name: str) -> Tensor:
+    """A detached tensor of real numbers from a tensor or whatever NumPy can read.
+
+    Raises:
+        TypeError: nothing, text or complex numbers.
+    """
+    if isinstance(value, Tensor):
+        got = value.detach()
+    else:
+        try:
+            array = np.asarray(value)
+            got = torch.as_tensor(array if array.dtype.kind in "fc" else array.astype(np.float64))
+        except (TypeError, ValueError):
+            got = None
+        if got is None or value is None:
+            raise TypeError(f"{name} must be real numbers; got {type(value).__name__}.") from None
+    if got.is_complex():
+        raise TypeError(f"{name} must be real; got {got.dtype}.")
+    return got
+
+
+def asymmetry(H: Tensor | SparseMatrix) -> float:
+    """The largest difference of an element and its mirror image."""
+    if isinstance(H, SparseMatrix):
+        return float(abs(H.scipy - H.scipy.T).max()) if H.data.numel() else 0.0
+    return float((H - H.T).abs().max()) if H.numel() else 0.0
+
+
 def is_sparse(H: Any) -> bool:
     """Whether ``H`` is a scipy.sparse matrix, without importing SciPy."""
-    return hasattr(H, "tocsc") and not isinstance(H, Tensor)
-
-
-def identity_like(H: Any) -> Any:
-    """The identity of H's kind and size."""
-    if is_sparse(H):
-        import scipy.sparse
-
-        return scipy.sparse.eye_array(H.shape[0], format="csc")
-    return torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
+    return hasattr(H, "tocsr") and not isinstance(H, Tensor)

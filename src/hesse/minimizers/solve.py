@@ -57,6 +57,8 @@ def solve(
             memory.update(start=scalar(point.value), steepest=scalar(point.steepest()), origin=memory["x"])
             memory.update(method.descent.begin(point))
             trace.rows.append(_row(0, point, 0.0, Advance(point, {}, 0.0)))
+        if not point.x.numel():
+            return point, Status.CONVERGED
         while True:
             model = method.descent.model(point, memory)
             status = _done(point, model, memory, rtol, atol)
@@ -100,7 +102,7 @@ def _done(point: Point, model: Model, memory: Params, rtol: float, atol: float) 
     if steepest <= atol:
         return Status.CONVERGED
     # A model that has not seen curvature may promise little where there is much to gain.
-    if not known and steepest > rtol**0.5 * float(memory["steepest"]):
+    if not known and steepest > rtol ** (0.75 if math.isinf(model.predicted) else 0.5) * float(memory["steepest"]):
         return None
     if math.isinf(model.predicted):
         return None if known else Status.CONVERGED

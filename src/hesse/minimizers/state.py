@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from hesse.files import atomic_path
 from hesse.minimizers.border import Border, described
+from hesse.minimizers.foreign import ForeignBorder, language
 from hesse.minimizers.result import Row, Trace
-from hesse.tree import Params
+from hesse.tree import Layout, Params
 
 __all__ = ["State"]
 
@@ -46,13 +48,12 @@ class State:
         Raises:
             ModuleNotFoundError: safetensors is not installed.
         """
-        from safetensors.torch import save_file
-
+        safetensors = _safetensors()
         rows = torch.tensor([list(row) for row in self.trace], dtype=torch.float64).reshape(-1, len(Row._fields))
         tensors = {name: value.contiguous() for name, value in self.memory.items()}
         about = {"hesse": "minimize", "method": self.method, "x": json.dumps(self.border.describe())}
         with atomic_path(Path(path)) as part:
-            save_file({**tensors, "trace": rows}, part, metadata=about)
+            safetensors.torch.save_file({**tensors, "trace": rows}, part, metadata=about)
 
     @classmethod
     def load(cls, path: str | Path) -> State:
@@ -61,24 +62,38 @@ class State:
         Raises:
             ValueError: the file is not one of a solve.
         """
-        from safetensors import SafetensorError, safe_open
-
+        safetensors = _safetensors()
         try:
-            with safe_open(str(path), framework="pt") as file:
+            with safetensors.safe_open(str(path), framework="pt") as file:
                 about = file.metadata() or {}
                 memory = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
-        except SafetensorError as error:
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file, or is cut off: {error}.") from error
-        if about.get("hesse") != "minimize":
+        if about.get("hesse") != "minimize" or not {"method", "x"} <= about.keys() or not {"x", "trace"} <= memory.keys():
             raise ValueError(f"{path} is not the state of a solve: it was not written by State.save().")
         rows = [_row(values) for values in memory.pop("trace").tolist()]
-        border = described(json.loads(about["x"]), memory["x"])
+        kind = json.loads(about["x"])
+        if kind["kind"] in ("jax", "tensorflow"):
+            layout = Layout({name: torch.Size(shape) for name, shape in kind["shapes"].items()})
+            border: Border = ForeignBorder(memory["x"], language(kind["kind"]), layout)
+        else:
+            border = described(kind, memory["x"])
         return cls(about["method"], border, memory, Trace(rows))
 
 
 def _row(values: list[float]) -> Row:
-    kinds = Row.__annotations__
-    return Row(*(int(v) if kinds[name] == "int" else v for name, v in zip(Row._fields, values, strict=True)))
+    whole = ("step", "nfev", "njev", "nhev", "nhvp")
+    return Row(*(int(v) if name in whole else v for name, v in zip(Row._fields, values, strict=True)))
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "a state is a safetensors file. Install it with: pip install 'hesse[minimize]'", name=error.name
+        ) from error
+    return safetensors
 
 
 def scalar(value: float) -> Tensor:

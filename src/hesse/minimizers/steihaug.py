@@ -110,6 +110,7 @@ class Dogleg(Path):
 
     def __init__(self, point: Point) -> None:
         g, H = point.gradient(), point.hessian()
+        H = H if isinstance(H, Tensor) else H.dense()
         exact = Dense(H, g, point.x)
         Hg = H @ g
         gHg = float(g @ Hg)
