@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,14 @@ import pytest
 import torch
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = sorted([*DOCS.glob("optimizers/*.md"), *(DOCS / f"{name}.md" for name in ("choose", "damping", "minimize", "newton", "step"))])
+PAGES = sorted(
+    [
+        *DOCS.glob("optimizers/*.md"),
+        *(DOCS / f"{name}.md" for name in ("choose", "damping", "minimize", "newton", "step")),
+    ]
+)
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+UTF8 = {**os.environ, "PYTHONUTF8": "1"}
 LINK = re.compile(r"\]\(([^)#]+)\)")
 
 
@@ -51,3 +60,18 @@ def test_every_optimiser_has_a_page() -> None:
 
     text = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("optimizers/*.md"))
     assert [name for name in optim.__all__ if f"hesse.optim.{name}(" not in text] == []
+
+
+def test_the_tables_of_newton_are_those_of_its_script() -> None:
+    program = (
+        "from benchmarks.primers import newton\n"
+        "print(*newton.quadratic_table(), *newton.scale_table(), *newton.alpha_table(), sep='\\n')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, encoding="utf-8", cwd=DOCS.parent, env=UTF8, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    page = (DOCS / "newton.md").read_text(encoding="utf-8").splitlines()
+    rows = done.stdout.splitlines()
+    assert len(rows) == 4 + 6 + 5
+    assert [row for row in rows if row not in page] == []

@@ -1,1 +1,1 @@
-"""Pictures of docs/damping.md, docs/step.md and docs/newton.md, measured on small networks and functions: ``python -m benchmarks.primers``."""
+"""Pictures of docs/damping.md, step.md and newton.md, measured on small problems: ``python -m benchmarks.primers``."""

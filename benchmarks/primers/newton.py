@@ -1,4 +1,4 @@
-"""The pictures and tables of docs/newton.md: gradient descent and Newton's method in one dimension, and choosing alpha."""
+"""The pictures and tables of docs/newton.md: gradient descent and Newton in one dimension, and choosing alpha."""
 
 from __future__ import annotations
 
@@ -168,13 +168,19 @@ def alpha_table() -> list[str]:
             "Wolfe": walk(problem, descent, Wolfe()),
         }
         for name, way in ways.items():
-            cells.setdefault(name, []).append(f"{way.spent[-1]}: {said(way.distances[-1])}")
+            cells.setdefault(name, []).append(cell(way))
         study = random_search(problem, descent)
         best = min(range(TRIALS), key=study.distances.__getitem__)
         cells.setdefault("random search, 20 trials", []).append(
             f"{sum(study.spent)}: {said(study.distances[best])} (alpha = {study.alphas[best]:.2g})"
         )
     return [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
+
+
+def cell(way: Way) -> str:
+    if way.distances[-1] > 1e3:
+        return "diverges"
+    return f"{way.spent[-1]}: {said(way.distances[-1])}"
 
 
 def said(distance: float) -> str:

@@ -1,4 +1,4 @@
-"""``hesse minimize``: the trace and the result on stdout, one object under ``--json``, a sentence where there is none."""
+"""``hesse minimize``: trace and result on stdout, one object under ``--json``, a sentence where there is none."""
 
 from __future__ import annotations
 
@@ -199,11 +199,12 @@ def test_starts_of_every_kind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_settings_reach_the_solver(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = ("problems:rosenbrock", "--x0", "-1.2,1")
     x0 = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    sides = torch.tensor([-2, -0.5]), torch.tensor([0.5, torch.inf])
     for options, settings in [
         (("--l1", "0.5"), {"l1": 0.5}),
         (("--l2", "0.5"), {"l2": 0.5}),
         (("--upper", "0.5"), {"bounds": (None, 0.5)}),
-        (("--lower", "-2,-0.5", "--upper", "0.5,inf"), {"bounds": (torch.tensor([-2, -0.5]), torch.tensor([0.5, torch.inf]))}),
+        (("--lower", "-2,-0.5", "--upper", "0.5,inf"), {"bounds": sides}),
         (("--rtol", "1e-2"), {"rtol": 1e-2}),
         (("--atol", "3"), {"atol": 3.0}),
         (("--method", "arc"), {"method": "arc"}),

@@ -181,7 +181,7 @@ def _refuse_dtype(dtype: torch.dtype, name: str) -> None:
 
 def _wrong_dtype(dtype: str, name: str) -> TypeError:
     if "complex" in dtype:
-        remedy = "Minimise over the real and imaginary parts: torch.view_asreal(x0)."
+        remedy = "Minimise over the real and imaginary parts: torch.view_as_real(x0)."
     elif "int" in dtype or "bool" in dtype:
         remedy = "Integers cannot move by small steps: write 1.0 in place of 1, or x0.double()."
     else:

@@ -98,7 +98,7 @@ class Products(Exact):
 
     def model(self, point: Point, memory: Params) -> Model:
         """See :class:`hesse.minimizers.method.Descent`."""
-        return Krylov(point, forcing(point, memory), radius(memory))
+        return Krylov(point.product, point.gradient(), forcing(point, memory), radius(memory))
 
 
 class Truncated(Products):

@@ -51,8 +51,12 @@ class Factored:
 
     @property
     def length(self) -> float:
-        """Of that step."""
-        return float(self.whole.norm())
+        """Of Newton's step; where there is none, of one that a shift as large as the curvature keeps near."""
+        if self.newton is not None:
+            return float(self.newton.norm())
+        factor = self.H.factor(self.top)
+        assert factor is not None  # Gershgorin: no eigenvalue is below -top
+        return float(factor.solve(self.g).norm())
 
     def within(self, radius: float) -> Step:
         if self.newton is not None and float(self.newton.norm()) <= radius:
@@ -73,7 +77,7 @@ class Factored:
             if size > radius:
                 low = max(low, shift)
             else:
-                if shift <= low * (1 + 1e-10) or self._floor(shift, low):
+                if shift - low <= 1e-6 * shift:
                     return self._step(self._lengthened(factor, s, radius))
             found = None
             while found is None:
@@ -87,9 +91,6 @@ class Factored:
             shift, factor = new, found
             s = -factor.solve(self.g)
         return self._step(s if float(s.norm()) >= (1 - CLOSE) * radius else self._lengthened(factor, s, radius))
-
-    def _floor(self, shift: float, low: float) -> bool:
-        return shift - low <= 1e-6 * shift
 
     def cubed(self, sigma: float) -> Step:
         """By the whole matrix: the cubic problem has no cheaper way."""

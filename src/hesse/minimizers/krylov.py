@@ -16,7 +16,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hesse.minimizers.function import Point
 from hesse.minimizers.models import Step, first_length
 from hesse.minimizers.secular import cubic, trust_region
 
@@ -76,18 +75,20 @@ class Krylov:
     """The least value of the model in the Krylov space of the gradient.
 
     Args:
-        point: for gradient and products.
+        product: H on a vector.
+        g: [n] gradient.
         forcing: residual of the whole step, relative to the gradient, at which the space is large enough.
         radius: of the region, if known: a step that ends at its edge needs a smaller space.
     """
 
     natural = True
 
-    def __init__(self, point: Point, forcing: float, radius: float | None) -> None:
-        self.g = point.gradient()
-        self.size = float(self.g.norm())
-        self.forcing = forcing
-        self.space = Lanczos(point.product, self.g, MOST) if self.size > 0 else None
+    def __init__(
+        self, product: Callable[[Tensor], Tensor], g: Tensor, forcing: float, radius: float | None
+    ) -> None:
+        self.g, self.forcing = g, forcing
+        self.size = float(g.norm())
+        self.space = Lanczos(product, g, MOST) if self.size > 0 else None
         self.lowest, self.predicted = math.nan, 0.0
         self.whole, self.length = torch.zeros_like(self.g), 0.0
         if self.space is not None:

@@ -93,14 +93,14 @@ def _curve(panel: Any, steps: Sequence[float], values: Sequence[float], colour: 
     """One column on a logarithmic axis, zeros as hollow marks on its lower edge."""
     panel.set_ylabel(what)
     # Kept from the ends of what a float can hold, where an axis has no room.
-    shown = [min(max(value, 1e-290), 1e290) if 0 < value < math.inf else math.nan for value in values]
+    shown = [min(max(value, 1e-200), 1e200) if 0 < value < math.inf else math.nan for value in values]
     zeros = [step for step, value in zip(steps, values, strict=True) if value == 0]
     known = [value for value in shown if not math.isnan(value)]
     if known:
         low, high = math.log10(min(known)), math.log10(max(known))
         room = max(0.08 * (high - low), 0.15)
         panel.set_yscale("log")
-        panel.set_ylim(10.0 ** max(low - room, -300), 10.0 ** min(high + room, 300))
+        panel.set_ylim(10.0 ** max(low - room, -220), 10.0 ** min(high + room, 220))
         panel.plot(steps, shown, "-" if len(shown) > 60 else "o-", color=colour, markersize=3.5, linewidth=1.2)
     else:
         panel.set_yticks([])

@@ -26,6 +26,8 @@ ENOUGH, POOR, GOOD = 1e-4, 0.25, 0.75
 # Values differ by rounding alone where less than this many units in the last place was promised: then gradients decide.
 NOISE = 250 * ROUNDING
 MOST_TRIALS = 60
+# Where negative curvature leads is not told by a quadratic: the first look along it is this share of x away.
+NEAR = 0.1
 # Steps are a series where each is this part of the last, and as parallel as this; its sum is taken where it gains as
 # much more than the model promises of the next step alone.
 SERIES, PARALLEL, WORTH = (0.4, 0.95), 0.1, 1.3
@@ -41,7 +43,7 @@ class TrustRegion:
 
     def advance(self, point: Point, model: Model, memory: Params) -> Advance:
         """See :class:`hesse.minimizers.method.Search`."""
-        radius = float(memory["radius"]) if "radius" in memory else model.length
+        radius = float(memory["radius"]) if "radius" in memory else first_radius(point, model)
         kept = {"first": memory.get("first", scalar(radius))}
         leap = self._leap(point, model, memory, radius)
         if leap is not None:
@@ -73,7 +75,7 @@ class TrustRegion:
         if not (ratio > WORTH and math.isfinite(new.value) and new.finite()):
             return None
         # The next step begins another series.
-        return Advance(new, {"moved": torch.full_like(s, math.inf)}, radius, ratio)
+        return Advance(new, {"moved": torch.zeros_like(s)}, radius, ratio)
 
 
 class Cubic:
@@ -104,6 +106,12 @@ class Cubic:
             # The length falls no faster than with the root of sigma.
             sigma = max(sigma, 1e-300) / shrink(point, step, ratio) ** 2
         return Advance(None, kept, sigma)
+
+
+def first_radius(point: Point, model: Model) -> float:
+    """The length of the model's whole step; where it has none that is a minimum, no more than a tenth of x."""
+    size = float(point.x.norm())
+    return model.length if math.isfinite(model.predicted) or size == 0 else min(model.length, NEAR * size)
 
 
 def attempt(point: Point, step: Step, enough: float = ENOUGH) -> tuple[Point | None, float]:

@@ -31,8 +31,6 @@ class Path:
         ray: [n] and H on it: where the path goes on for ever, along negative curvature.
     """
 
-    natural = True
-
     def __init__(
         self, g: Tensor, corners: list[Tensor], products: list[Tensor], ray: tuple[Tensor, Tensor] | None, lowest: float
     ) -> None:
@@ -40,6 +38,7 @@ class Path:
         self.predicted = math.inf if ray is not None else self._promise(corners[-1], products[-1])
         last = corners[-1]
         self.whole = last if len(corners) > 1 or ray is None else ray[0]
+        self.natural = self.whole is last  # a ray is only a direction
         self.length = float(self.whole.norm())
 
     def _promise(self, s: Tensor, Hs: Tensor) -> float:
