@@ -71,6 +71,11 @@ def broken(x):
     return x[0] / {}["nothing"]
 
 
+def talkative(x):
+    print("evaluated")
+    return rosenbrock(x)
+
+
 def unbounded(x):
     return x.sum()
 
@@ -163,6 +168,17 @@ def test_json_has_every_field(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (result["plot"], result["state"]) == (None, None)
     for got, row in zip(result["trace"], expected.trace, strict=True):
         assert got == {k: (v if v == v else None) for k, v in row._asdict().items()}
+
+
+def test_one_negative_number_is_no_option(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = found(monkeypatch, "problems:unbounded", "--x0", "-1", "--lower", "-3")
+    assert result["x"] == [-3.0]
+
+
+def test_what_the_function_prints_is_not_json(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found(monkeypatch, "problems:talkative", "--x0", "-1.2,1")["success"]
+    _, out, _ = hesse(monkeypatch, "problems:talkative", "--x0", "-1.2,1")
+    assert out.startswith("evaluated\n")
 
 
 def test_a_path_to_a_file_from_elsewhere(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +279,10 @@ def test_residuals_are_resumed_by_their_own_method(folder: Path, monkeypatch: py
     whole = found(monkeypatch, *start, "--x0", "-1.2,1", "--method", "dogleg")
     options = ("--x0", "-1.2,1", "--method", "dogleg", "--max-steps", "3", "--save", "s.safetensors")
     assert hesse(monkeypatch, *start, *options)[0] == 1
-    assert found(monkeypatch, *start, "--resume", "s.safetensors")["x"] == whole["x"]
+    rest = found(monkeypatch, *start, "--resume", "s.safetensors")
+    assert rest["method"] == "dogleg"
+    assert (rest["x"], rest["message"]) == (whole["x"], whole["message"])
+    assert [row["fun"] for row in rest["trace"]] == [row["fun"] for row in whole["trace"]]
 
 
 def test_no_success_is_exit_code_1_with_what_was_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +295,16 @@ def test_no_success_is_exit_code_1_with_what_was_found(folder: Path, monkeypatch
     assert err.splitlines()[-1].startswith("hesse: no success: ")
     assert (folder / "a.png").exists()
     assert (folder / "s").exists()
+
+
+def test_a_state_that_cannot_be_saved_does_not_lose_what_was_found(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--x0", "-1.2,1", "--save", "problems.py/state")
+    code, out, err = hesse(monkeypatch, "problems:rosenbrock", *options)
+    assert code == 1
+    assert "x = " in out
+    assert "Check the path" in err
 
 
 def test_a_start_that_is_not_finite_has_no_trace_to_plot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

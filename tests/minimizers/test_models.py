@@ -139,9 +139,3 @@ def test_the_first_length_is_newtons_or_what_magnitudes_of_curvature_make_of_it(
     assert first_length(vector(-2, 4), vector(2, 0)) == 1
     assert first_length(vector(-1e-9, 1), vector(1, 0)) == pytest.approx(1e3)  # small ones count as a thousandth
     assert first_length(vector(0, 0), vector(3, 4)) == 5
-
-
-def test_a_model_of_no_variables_is_at_its_least_value() -> None:
-    model = dense(torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64))
-    assert model.lowest >= 0
-    assert model.predicted == 0

@@ -73,6 +73,12 @@ def test_the_panels_say_what_they_show(tmp_path: Path) -> None:
     }
 
 
+def test_what_is_not_finite_is_left_out(tmp_path: Path) -> None:
+    words = texts(TRACES["not finite"], tmp_path)
+    assert "least value 1" in words
+    assert words.count("hollow: 0") == 1
+
+
 def test_zeros_are_marked_and_said(tmp_path: Path) -> None:
     # Only the least value is 0 above itself; then gradient and step are 0 too.
     assert texts(rows((3.0, 1.0, 0.0), (1.0, 0.5, 1.0)), tmp_path).count("hollow: 0") == 1

@@ -147,6 +147,17 @@ def test_a_state_can_be_gone_on_from_twice(tmp_path: Path) -> None:
     assert all(torch.equal(part.state.memory[name], value) for name, value in before.items())
 
 
+def test_a_fit_can_be_gone_on_from_twice() -> None:
+    def residual(x: Tensor) -> Tensor:
+        return torch.cat([10 * (x[1:] - x[:-1] ** 2), 1 - x[:-1]])
+
+    part = least_squares(residual, START, max_steps=3)
+    first, second = least_squares(residual, part.state), least_squares(residual, part.state)
+    assert len(part.trace) == 4
+    assert (first.x == second.x).all()
+    assert first.nit == second.nit
+
+
 def test_a_file_holds_what_the_state_holds(tmp_path: Path) -> None:
     part = minimize(rosenbrock, START, method="bfgs", max_steps=3)
     loaded = saved(part.state, tmp_path)

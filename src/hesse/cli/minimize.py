@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +32,7 @@ def minimize(
         typer.Option(metavar="NUMBERS", help="Start: numbers with commas (-1.2,1), a .npy file, or module:attribute."),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="auto, trust-exact, newton, bfgs, l-bfgs-b, gd ...  [default: auto]")
+        str | None, typer.Option(help="auto (the default), trust-exact, newton, bfgs, l-bfgs-b, gd ...")
     ] = None,
     least_squares: Annotated[bool, typer.Option("--least-squares", help="The function returns residuals.")] = False,
     l1: Annotated[float, typer.Option(min=0, help="Weight of the sum of magnitudes.")] = 0.0,
@@ -41,7 +42,7 @@ def minimize(
     rtol: Annotated[float | None, typer.Option(help="Share of the decrease that may be left to gain.")] = None,
     atol: Annotated[float, typer.Option(min=0, help="Stop where no element of the gradient is larger.")] = 0.0,
     max_steps: Annotated[int, typer.Option(min=0, help="Most iterations, those before --resume included.")] = 1000,
-    dtype: Annotated[str | None, typer.Option(help="float64 or float32.  [default: float64]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float64 (the default) or float32.")] = None,
     arrays: Annotated[bool, typer.Option("--numpy", help="The function takes NumPy arrays, not tensors.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Hold the gradient against a difference first.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Convergence as a figure: .png, .svg or .pdf.")] = None,
@@ -60,30 +61,34 @@ def minimize(
     if least_squares and (check or l1):
         raise typer.BadParameter(f"Least squares do not go with {'--check' if check else '--l1'}.")
     with clean_exit(as_json):
-        modules: dict[str, ModuleType] = {}
-        fun = _attribute(function, modules)
-        if not callable(fun):
-            raise InputError("no function", function, f"It is {_a(fun)}, not a function.", "Name a function of x.")
-        start: Any = _start(x0, dtype, arrays, modules) if x0 is not None else _state(resume)
-        settings: dict[str, Any] = {"l2": l2, "rtol": rtol, "atol": atol, "max_steps": max_steps}
-        if lower is not None or upper is not None:
-            settings["bounds"] = (_side(lower, "--lower"), _side(upper, "--upper"))
-        if not least_squares:
-            settings |= {"l1": l1, "check": check}
-        known = 0 if resume is None else len(start.trace)
-        show = _Table(sys.stderr if as_json else sys.stdout, known)
-        try:
-            if plot is not None:
-                from hesse.minimizers.plot import ready
+        # What the user's own code prints must not come between the lines of JSON.
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            modules: dict[str, ModuleType] = {}
+            fun = _attribute(function, modules)
+            if not callable(fun):
+                raise InputError("no function", function, f"It is {_a(fun)}, not a function.", "Name a function of x.")
+            start: Any = _start(x0, dtype, arrays, modules) if x0 is not None else _state(resume)
+            settings: dict[str, Any] = {"l2": l2, "rtol": rtol, "atol": atol, "max_steps": max_steps}
+            if lower is not None or upper is not None:
+                settings["bounds"] = (_side(lower, "--lower"), _side(upper, "--upper"))
+            if not least_squares:
+                settings |= {"l1": l1, "check": check}
+            known = 0 if resume is None else len(start.trace)
+            show = _Table(sys.stderr if as_json else sys.stdout, known)
+            try:
+                if plot is not None:
+                    from hesse.minimizers.plot import ready
 
-                ready(plot)
-            result = _solve(fun, start, method, least_squares, settings, show)
-        except BrokenPipeError:
-            raise
-        except Exception as error:
-            _refuse(error, function)
-            raise
+                    ready(plot)
+                result = _solve(fun, start, method, least_squares, settings, show)
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                _refuse(error, function)
+                raise
         show.rest(result.trace)
+        if not as_json:  # before the files: a full disk does not lose what was found
+            _write(sys.stdout, "\n".join(["", repr(result), *_digits(result.x)]))
         if save is not None:
             result.state.save(save)
         if plot is not None and len(result.trace):
@@ -96,8 +101,6 @@ def minimize(
             problem = Finding(kind, "", f"{result.message}.", remedy, "error")
         if as_json:
             print_json(_record(result, problem, plot, save))
-        else:
-            _write(sys.stdout, "\n".join(["", repr(result), *_digits(result.x)]))
         if problem is not None:
             typer.echo(f"hesse: {problem}", err=True)
             raise typer.Exit(130 if interrupted else 1)
@@ -308,6 +311,7 @@ def _state(path: Path | None) -> Any:
 
 def _write(stream: Any, text: str) -> None:
     """In UTF-8 whatever the locale says, and at once: a reader at the end of a pipe follows the solve."""
+    stream.flush()  # what the user's function has printed comes first
     stream.buffer.write(f"{text}\n".encode("utf-8", "surrogateescape"))
     stream.buffer.flush()
 

@@ -37,15 +37,14 @@ def choose(method: str | Method | None, function: Function, x: Tensor) -> tuple[
         return method, ""
     if method is not None and not isinstance(method, str):
         raise TypeError(f"method must be a name or a Method; got {type(method).__name__}.")
-    composite = bool(function.l1) or function.bounds is not None
     if method is None or method == "auto":
-        return _auto(function, x, composite)
+        return _auto(function, x)
     name = method.lower().replace("_", "-")
     name = "l-bfgs-b" if name == "l-bfgs" else name
     if name not in METHODS and name not in COMPOSITE:
         known = ", ".join(map(repr, ["auto", *sorted({*METHODS, *COMPOSITE}), "lm"]))
         raise ValueError(f"unknown method {method!r}. Known are {known}.")
-    if composite or name == "prox-newton":
+    if function.composite or name == "prox-newton":
         if name not in COMPOSITE:
             what = "l1" if function.l1 else "bounds"
             raise ValueError(f"method {name!r} takes no {what}. 'prox-newton' and 'l-bfgs-b' do, and 'auto' chooses.")
@@ -59,17 +58,17 @@ def choose(method: str | Method | None, function: Function, x: Tensor) -> tuple[
     return found, _derivatives(function, name)
 
 
-def _auto(function: Function, x: Tensor, composite: bool) -> tuple[Method, str]:
+def _auto(function: Function, x: Tensor) -> tuple[Method, str]:
     n = x.numel()
     size = f"auto: {n} variable{'s' if n != 1 else ''}"
     source = function.source
     if isinstance(source, Numeric) and function.hess is None and function.hessp is None:
         # A Hessian by differences costs n gradients, each step anew.
-        name = "bfgs" if n <= 2 * DENSE and not composite else "l-bfgs-b"
-        found = COMPOSITE[name] if composite else METHODS[name]
+        name = "bfgs" if n <= 2 * DENSE and not function.composite else "l-bfgs-b"
+        found = COMPOSITE[name] if function.composite else METHODS[name]
         return found, f"; {size}, {source.name if function.jac is None else 'jac given, no hess'}"
     whole = _whole(function, x)
-    if composite:
+    if function.composite:
         return (COMPOSITE["prox-newton"] if whole else LARGE), f"; {size}, {whole or 'Hessian products'}"
     return METHODS["trust-exact" if whole else "trust-krylov"], f"; {size}, {whole or 'Hessian products'}"
 
@@ -81,8 +80,7 @@ def _whole(function: Function, x: Tensor) -> str:
         return "hess given"
     if function.hessp is not None and n > SMALL:
         return ""
-    composite = bool(function.l1) or function.bounds is not None
-    if isinstance(source, Autodiff) and n > SMALL and not composite and find_spec("scipy") is not None:
+    if isinstance(source, Autodiff) and n > SMALL and not function.composite and find_spec("scipy") is not None:
         source.sparse = source.trace(x)
         if source.sparse is not None:
             return f"sparse Hessian from {source.sparse.products} products"

@@ -39,7 +39,7 @@ class Exact:
         H, g = point.hessian(), point.gradient()
         if not bool((H if isinstance(H, Tensor) else H.data).isfinite().all()):
             return Direction(-g, -float(g @ g), natural=False)  # a step by the gradient leads away from there
-        return Dense(H, g, point.x) if isinstance(H, Tensor) else Factored(H, g, point.x)
+        return Dense(H, g, point.x) if isinstance(H, Tensor) else Factored(H, g)
 
     def update(self, memory: Params, old: Point, new: Point) -> Params:
         """See :class:`hesse.minimizers.method.Descent`."""
@@ -60,22 +60,22 @@ class Mended(Exact):
 
     def model(self, point: Point, memory: Params) -> Model:
         """See :class:`hesse.minimizers.method.Descent`."""
-        if "mended" in memory:
-            model = Dense(memory.pop("mended"), point.gradient(), point.x)
+        if "mended" in memory and memory["mended"].numel():
+            model = Dense(memory["mended"], point.gradient(), point.x)
             if model.lowest >= 0 and math.isfinite(model.predicted):
                 return model
         return super().model(point, memory)
 
     def update(self, memory: Params, old: Point, new: Point) -> Params:
         """See :class:`hesse.minimizers.method.Descent`."""
-        H = old.known_hessian
+        H, no = old.known_hessian, {"mended": old.x.new_zeros(0, 0)}
         if not isinstance(H, Tensor):
-            return {}
+            return no
         s, g = new.x - old.x, old.gradient()
         Hs = H @ s
         promised = -float(g @ s + 0.5 * s @ Hs)
         if not promised > 0 or not HALF[0] <= abs((old.value - new.value) / promised - 1) < HALF[1]:
-            return {}
+            return no
         r, ss = new.gradient() - g - Hs, s @ s
         rs = torch.outer(r, s)
         return {"mended": H + (rs + rs.T) / ss - (r @ s) / ss**2 * torch.outer(s, s)}

@@ -83,6 +83,11 @@ class Function:
         self.counts = source.counts
 
     @property
+    def composite(self) -> bool:
+        """Whether there is more to it than a smooth part: L1 or bounds."""
+        return bool(self.l1) or self.bounds is not None
+
+    @property
     def n(self) -> int:
         """Length of x."""
         return self.border.x0.numel()
@@ -175,6 +180,16 @@ class Point:
     def known_hessian(self) -> Tensor | SparseMatrix | None:
         """The Hessian if it was computed here, or None."""
         return self._hessian
+
+    def free(self) -> Tensor:
+        """[n] 1 where x can move both ways without meeting a kink of L1 or a bound, else 0."""
+        f, x = self.function, self.x
+        free = torch.ones_like(x)
+        if f.l1:
+            free = free.masked_fill(x == 0, 0.0)
+        if f.bounds is not None:
+            free = free.masked_fill((x <= f.bounds[0]) | (x >= f.bounds[1]), 0.0)
+        return free
 
     def finite(self) -> bool:
         """Whether value and gradient are numbers."""

@@ -128,14 +128,8 @@ class Dense:
 
     @property
     def whole(self) -> Tensor:
-        """Newton's step; with the smallest shift that makes the curvature positive, where it is not."""
-        if self.newton is not None:
-            return self.newton.to(self.dtype)
-        w, Q, c = self.eigen
-        if not bool(w.any()):
-            return -self.g.to(self.dtype)
-        shift = max(0.0, -float(w.min())) + torch.finfo(self.dtype).eps ** 0.5 * float(w.abs().max())
-        return (Q @ (-c / (w + shift))).to(self.dtype)
+        """Newton's step; where the curvature is not positive, with the smallest shift that keeps it within ``length``."""
+        return self.within(self.length).s
 
     def within(self, radius: float) -> Step:
         if self.newton is not None and self.length <= radius:

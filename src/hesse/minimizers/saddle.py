@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from hesse.minimizers.bounds import project
 from hesse.minimizers.function import Point
 from hesse.minimizers.krylov import Lanczos
 from hesse.minimizers.method import Advance
@@ -33,13 +34,19 @@ def leave(point: Point, status: Status) -> tuple[Status | None, Advance]:
 
 
 def lowest(point: Point) -> tuple[float, Tensor]:
-    """The least eigenvalue that a few products find, 0 if it is no more than rounding, and its vector [n]."""
+    """The least eigenvalue that a few products find, 0 if it is no more than rounding, and its vector [n].
+
+    Where L1 or bounds hold some elements of x, of the block of the others.
+    """
     n = point.x.numel()
     generator = torch.Generator().manual_seed(0)  # the same answer at every call
     v = torch.randn(n, generator=generator, dtype=torch.float64).to(point.x)
     if not point.function.source.second:
         point = point.function.curved_at(point.x)
-    space = Lanczos(point.product, v, min(n, PRODUCTS))
+    free = point.free()
+    if not bool(free.any()):
+        return 0.0, torch.zeros_like(v)
+    space = Lanczos(lambda u: free * point.product(u), free * v, min(int(free.sum()), PRODUCTS))
     while not space.ended:
         space.grow()
     w, U = space.eigen()
@@ -52,8 +59,9 @@ def _descend(point: Point, vector: Tensor) -> tuple[Point | None, float]:
     """A lower point along a direction of negative curvature: both ways, the longest step first that falls."""
     t = 0.1 * max(float(point.x.norm()), 1.0)
     margin = 4 * torch.finfo(point.x.dtype).eps * abs(point.value)
+    bounds = point.function.bounds
     for _ in range(HALVINGS):
-        found = [point.function.at(point.x + sign * t * vector) for sign in (1.0, -1.0)]
+        found = [point.function.at(project(point.x + sign * t * vector, bounds)) for sign in (1.0, -1.0)]
         lower = [q for q in found if q.value < point.value - margin and (q.value == -math.inf or q.finite())]
         if lower:
             return min(lower, key=lambda q: q.value), t
