@@ -14,7 +14,8 @@ from hesse.minimizers.border import border_of
 from hesse.minimizers.bounded import ProjectedCG, ProjectedLBFGS
 from hesse.minimizers.function import Function, Point
 from hesse.minimizers.method import Descent, Method
-from hesse.minimizers.proximal import BoxRegion, Proximal
+from hesse.minimizers.proximal import Proximal
+from hesse.minimizers.regions import TrustRegion
 from hesse.minimizers.result import Status
 from hesse.minimizers.solve import solve
 from hesse.minimizers.state import State
@@ -51,7 +52,7 @@ def minimized(
 
     function = Function(Autodiff(seen, border), border, l1=l1, l2=l2, bounds=ends, hess=hess)
     state = State("prox-newton", border, {"x": border.x0})
-    method = Method("prox-newton", CURVATURES[curvature](), BoxRegion())
+    method = Method("prox-newton", CURVATURES[curvature](), TrustRegion())
     point, status = solve(function, method, state, rtol=rtol, atol=0.0, max_steps=max_steps)
     if ends is not None:
         assert all(bool(((x >= ends[0]) & (x <= ends[1])).all()) for x in visited)

@@ -1,7 +1,8 @@
-"""Deterministic minimisation in SciPy's shape: a search times a descent, on tensors, arrays and other libraries' arrays.
+"""Deterministic minimisation in SciPy's shape: a search times a descent, on tensors, arrays and other libraries'
+arrays.
 
-:func:`minimize` and :func:`least_squares` solve, :func:`argmin` makes the solution differentiable. The parts are public, so
-that a method can be put together that has no name: ``Method("mine", Gradient(), Fixed(0.1))``.
+:func:`minimize` and :func:`least_squares` solve, :func:`argmin` makes the solution differentiable. The parts are
+public, so that a method can be put together that has no name: ``Method("mine", Gradient(), Fixed(0.1))``.
 """
 
 from hesse.minimizers.descents import Exact, Products, Truncated
@@ -32,8 +33,8 @@ __all__ = [
     "State",
     "Status",
     "Trace",
-    "TrustRegion",
     "Truncated",
+    "TrustRegion",
     "Wolfe",
     "argmin",
     "least_squares",

@@ -1,7 +1,8 @@
 """Derivatives of a torch function, from the graph of the forward pass that made its value.
 
 One forward pass is kept a point: the gradient is a backward pass through it, the Hessian and its products are backward
-passes through that, several rows at once. Nothing is evaluated twice, and whatever Python the function runs is run once.
+passes through that, several rows at once. Nothing is evaluated twice, and whatever Python the function runs is run
+once.
 """
 
 from __future__ import annotations
@@ -58,7 +59,12 @@ class Autodiff:
             return torch.zeros_like(x)
         with torch.enable_grad():
             (g,) = torch.autograd.grad(
-                out.reshape(()), leaf, create_graph=self.second, retain_graph=True, allow_unused=True, materialize_grads=True
+                out.reshape(()),
+                leaf,
+                create_graph=self.second,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
         return g
 
@@ -75,8 +81,8 @@ class Autodiff:
             if self.sparse.holds(H, gradient, leaf):
                 return H
             self.sparse = None  # part of it leaves torch, where no trace can follow
-        H = dense_hessian(gradient, leaf)
-        return 0.5 * (H + H.T)
+        full = dense_hessian(gradient, leaf)
+        return 0.5 * (full + full.T)
 
     def trace(self, x: Tensor) -> CompressedHessian | None:
         """How to recover a sparse Hessian near ``x`` from few products, or None where that does not pay."""
@@ -92,6 +98,6 @@ class Autodiff:
             other = self.fun(self.border.outside(moved), *self.args)
         if not torch.equal(torch.as_tensor(other), out):
             raise ValueError(
-                "fun depends on x, but its value carries no gradient: something on the way is detached (.detach(), .data, "
-                "torch.no_grad(), NumPy, torch.tensor(x)). Compute with tensors throughout, or give jac=."
+                "fun depends on x, but its value carries no gradient: something on the way is detached (.detach(), "
+                ".data, torch.no_grad(), NumPy, torch.tensor(x)). Compute with tensors throughout, or give jac=."
             )

@@ -157,7 +157,9 @@ def border_of(x0: Given) -> Border:
     try:
         array = np.atleast_1d(np.asarray(x0))
     except ValueError as error:
-        raise TypeError(f"x0 must be a tensor, a dict of tensors or an array; got {type(x0).__name__}: {error}.") from None
+        raise TypeError(
+            f"x0 must be a tensor, a dict of tensors or an array; got {type(x0).__name__}: {error}."
+        ) from None
     if array.dtype == object or array.dtype.kind in "USOMm":
         raise TypeError(f"x0 must be a tensor, a dict of tensors or an array of numbers; got {type(x0).__name__}.")
     if array.dtype.kind != "f":

@@ -186,8 +186,8 @@ class LowRank:
         return Direction(-(c + W @ inner / self.gamma) / self.gamma, None, True)
 
     def lowest(self, free: Tensor) -> tuple[float, Tensor]:
-        """Positive: so the pairs were chosen. That of H is not known."""
-        return 1.0, torch.zeros(len(free), dtype=self.W.dtype, device=self.W.device)
+        """Not known: the pairs were chosen so that their own is positive."""
+        return math.nan, torch.zeros(len(free), dtype=self.W.dtype, device=self.W.device)
 
 
 def _lanczos(times: Callable[[Tensor], Tensor], free: Tensor) -> tuple[float, Tensor]:

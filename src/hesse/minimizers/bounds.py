@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hesse.minimizers.border import Border
 
-__all__ = ["bounds_of", "project"]
+__all__ = ["bounds_of", "landed", "project"]
 
 
 def bounds_of(bounds: Any, border: Border) -> tuple[Tensor, Tensor] | None:
@@ -43,8 +43,8 @@ def bounds_of(bounds: Any, border: Border) -> tuple[Tensor, Tensor] | None:
         high = torch.tensor([math.inf if b is None else b for _, b in bounds])
     else:
         raise TypeError(
-            "bounds must be a tuple (low, high), each a number, None or shaped as x0; or a list or array of one pair for each of "
-            f"the {border.x0.numel()} elements of x0; got {bounds!r}."
+            "bounds must be a tuple (low, high), each a number, None or shaped as x0; or a list or array of one pair "
+            f"for each of the {border.x0.numel()} elements of x0; got {bounds!r}."
         )
     found = _side(low, -math.inf, "the lower bound", border), _side(high, math.inf, "the upper bound", border)
     crossed = ~(found[0] <= found[1])
@@ -69,3 +69,15 @@ def _side(value: Any, missing: float, name: str, border: Border) -> Tensor:
 def project(x: Tensor, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
     """The nearest x within bounds."""
     return x if bounds is None else torch.minimum(torch.maximum(x, bounds[0]), bounds[1])
+
+
+def landed(x: Tensor, s: Tensor, bounds: tuple[Tensor, Tensor] | None) -> Tensor:
+    """``x + s`` [n] within bounds, and exactly on one that is a rounding away: only there does an element rest."""
+    y = x + s
+    if bounds is None:
+        return y
+    room = 2 * torch.finfo(x.dtype).eps
+    for end in bounds:
+        near = (y - end).abs() <= room * torch.maximum(x.abs(), end.abs())
+        y = torch.where(near & end.isfinite(), end, y)
+    return project(y, bounds)

@@ -12,7 +12,8 @@ from hesse.minimizers.function import Function
 from hesse.minimizers.method import Method
 from hesse.minimizers.methods import GRADIENT, METHODS
 from hesse.minimizers.numeric import Numeric
-from hesse.minimizers.proximal import BoxRegion, Proximal
+from hesse.minimizers.proximal import Proximal
+from hesse.minimizers.regions import TrustRegion
 
 __all__ = ["choose"]
 
@@ -21,10 +22,10 @@ __all__ = ["choose"]
 SMALL, DENSE = 100, 500
 
 COMPOSITE = {
-    "prox-newton": Method("prox-newton", Proximal(), BoxRegion()),
-    "l-bfgs-b": Method("l-bfgs-b", ProjectedLBFGS(), BoxRegion()),
+    "prox-newton": Method("prox-newton", Proximal(), TrustRegion()),
+    "l-bfgs-b": Method("l-bfgs-b", ProjectedLBFGS(), TrustRegion()),
 }
-LARGE = Method("prox-newton", ProjectedCG(), BoxRegion())
+LARGE = Method("prox-newton", ProjectedCG(), TrustRegion())
 
 
 def choose(method: str | Method | None, function: Function, x: Tensor) -> tuple[Method, str]:

@@ -16,8 +16,8 @@ from hesse.minimizers.factored import Factored
 from hesse.minimizers.function import Point
 from hesse.minimizers.krylov import Krylov
 from hesse.minimizers.models import Dense, Model
-from hesse.minimizers.state import scalar
 from hesse.minimizers.quasi_newton import Direction
+from hesse.minimizers.state import scalar
 from hesse.minimizers.steihaug import Dogleg, Steihaug
 from hesse.tree import Params
 
@@ -49,10 +49,10 @@ class Exact:
 class Mended(Exact):
     """The whole Hessian, and every other time, where it proved half true, the last one mended.
 
-    A step along a curved valley ends off its floor, and the next one only goes back there. For that the old Hessian will
-    do, once it fits the change of the gradient that was seen: the symmetric matrix nearest to it that does (Powell's
-    symmetric Broyden update). Where the model was true (the end of a solve) Newton's own convergence is worth its price,
-    and where it was false nothing of it is kept.
+    A step along a curved valley ends off its floor, and the next one only goes back there. For that the old Hessian
+    will do, once it fits the change of the gradient that was seen: the symmetric matrix nearest to it that does
+    (Powell's symmetric Broyden update). Where the model was true (the end of a solve) Newton's own convergence is
+    worth its price, and where it was false nothing of it is kept.
 
     References:
         Powell, A new algorithm for unconstrained optimization, 1970.

@@ -2,8 +2,8 @@
 
 A search that fails has found that the function rises where its gradient says that it falls. At the end of every
 accurate solve that is rounding, and a success. What else it can be shows in the values on both sides along the
-refused direction: noise scatters, a kink has two slopes, a gradient that belongs to another function has one slope that is not
-its own.
+refused direction: noise scatters, a kink has two slopes, a gradient that belongs to another function has one slope
+that is not its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The quadratic model of a sparse Hessian: its least value in a region by a few factorisations.
 
-The shift that makes ``||(H + shift I)^{-1} g||`` the radius is the root of the secular equation; without eigenvalues each
-look at it costs a factorisation, so the root is met to a tenth only (More and Sorensen 1983). Below the negative of the
-least eigenvalue there are no factors, which is how the other end of the bracket is known.
+The shift that makes ``||(H + shift I)^{-1} g||`` the radius is the root of the secular equation; without eigenvalues
+each look at it costs a factorisation, so the root is met to a tenth only (More and Sorensen 1983). Below the negative
+of the least eigenvalue there are no factors, which is how the other end of the bracket is known.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class Factored:
             guess = shift + (size - radius) / radius / slope if slope > 0 else low
             found = None
             while found is None and (size > radius or shift - low > EDGE * shift):
-                guess = guess if guess > low else low + 0.1 * (shift - low) if shift > low else 2 * low + 1e-8 * self.top
+                guess = (
+                    guess if guess > low else low + 0.1 * (shift - low) if shift > low else 2 * low + 1e-8 * self.top
+                )
                 found = self.H.factor(guess)
                 low = low if found is not None else max(low, guess)
             if found is None:

@@ -109,6 +109,7 @@ class FitPoint(Point):
         """Newton's model."""
         if self._curved is None or not torch.equal(self._curved[0], scale):
             H, g, x = self.hessian(), self.gradient(), self.x
+            assert isinstance(H, Tensor)
             model: Curved | Boxed
             if self.function.bounds is None:
                 model = Curved(H, g, x, scale)

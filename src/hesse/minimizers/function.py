@@ -157,7 +157,9 @@ class Point:
                 H = torch.stack([self._given_product(v) for v in torch.eye(f.n).to(self.x)])
             else:
                 H = f.source.hessian(self.x, self._handle, gradient)
-            self._hessian = H if not f.l2 else H + f.l2 * torch.eye(f.n).to(H) if isinstance(H, Tensor) else H.shifted(f.l2)
+            self._hessian = (
+                H if not f.l2 else H + f.l2 * torch.eye(f.n).to(H) if isinstance(H, Tensor) else H.shifted(f.l2)
+            )
         return self._hessian
 
     def product(self, v: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The quadratic model by products alone: exact in a Krylov space that grows as far as the region asks.
 
-Lanczos vectors of the gradient make the Hessian tridiagonal; in its small eigenbasis the trust-region and the cubic problem
-are the same secular equation as for a whole matrix. The basis is kept while steps are refused, so that a shorter step costs
-no product. Inside the region this is Newton's method with conjugate gradients.
+Lanczos vectors of the gradient make the Hessian tridiagonal; in its small eigenbasis the trust-region and the cubic
+problem are the same secular equation as for a whole matrix. The basis is kept while steps are refused, so that a
+shorter step costs no product. Inside the region this is Newton's method with conjugate gradients.
 
 References:
     Gould, Lucidi, Roma and Toint, Solving the trust-region subproblem using the Lanczos method, SIAM J. Optim. 1999.
@@ -83,9 +83,7 @@ class Krylov:
 
     natural = True
 
-    def __init__(
-        self, product: Callable[[Tensor], Tensor], g: Tensor, forcing: float, radius: float | None
-    ) -> None:
+    def __init__(self, product: Callable[[Tensor], Tensor], g: Tensor, forcing: float, radius: float | None) -> None:
         self.g, self.forcing = g, forcing
         self.size = float(g.norm())
         self.space = Lanczos(product, g, MOST) if self.size > 0 else None

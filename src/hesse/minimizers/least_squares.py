@@ -26,7 +26,7 @@ from hesse.minimizers.linearised import Linear
 from hesse.minimizers.method import Method
 from hesse.minimizers.regions import NOISE, TrustRegion
 from hesse.minimizers.residuals import ArrayResiduals, TorchResiduals
-from hesse.minimizers.result import MinimizeError, Result, Status, _brief
+from hesse.minimizers.result import MinimizeError, Result, Status, brief
 from hesse.minimizers.robust import loss_of
 from hesse.minimizers.solve import solve
 from hesse.minimizers.state import State
@@ -62,7 +62,7 @@ class LeastSquaresResult(Result):
     def __repr__(self) -> str:
         head = [("message", self.message), ("success", self.success)]
         body = [("cost", f"{self.cost:.10g}"), ("optimality", f"{self.optimality:.3g}"), ("nit", self.nit)]
-        values = [(name, _brief(getattr(self, name))) for name in ("x", "grad", "fun")]
+        values = [(name, brief(getattr(self, name))) for name in ("x", "grad", "fun")]
         counts = [(name, getattr(self, name)) for name in ("nfev", "njev", "nhev", "nhvp")]
         return "\n".join(f"{name:>10}: {value}" for name, value in [*head, *body, *values, *counts])
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from hesse.minimizers.function import Point
+from hesse.minimizers.method import ROUNDING, Advance
 from hesse.minimizers.models import Model, Step
 from hesse.minimizers.regions import attempt, shrink
-from hesse.minimizers.method import ROUNDING, Advance
 from hesse.minimizers.state import scalar
 from hesse.tree import Params
 
@@ -64,9 +64,12 @@ class Armijo:
                 if natural or ratio < 0.5 or new.value == -math.inf:
                     break
                 t *= 2
-            elif best is not None or math.isnan(ratio):
-                break
-            elif t * float(p.norm()) <= torch.finfo(p.dtype).eps * float(point.x.norm()) or t == 0:
+            elif (
+                best is not None
+                or math.isnan(ratio)
+                or t * float(p.norm()) <= torch.finfo(p.dtype).eps * float(point.x.norm())
+                or t == 0
+            ):
                 break
             else:
                 t *= shrink(point, step, ratio)
@@ -100,7 +103,11 @@ class Wolfe:
                 return Advance(new, {**kept, "size": scalar(t)}, t)
             fine = math.isfinite(new.value)
             flat_values = fine and abs(new.value - point.value) <= rounding
-            if not fine or (new.value > point.value + SUFFICIENT * t * slope0 and not flat_values) or new.value >= low.value + rounding:
+            if (
+                not fine
+                or (new.value > point.value + SUFFICIENT * t * slope0 and not flat_values)
+                or new.value >= low.value + rounding
+            ):
                 high = _End(t, new.value, math.nan, new)
             elif not new.finite():
                 high = _End(t, math.inf, math.nan, new)
@@ -120,7 +127,9 @@ class Wolfe:
             else:
                 t = _cubic(low, high, t)
         if low.t > 0:  # it fell enough, if not as flat as asked
-            return Advance(low.point, {**kept, "size": scalar(low.t)}, low.t, (point.value - low.value) / (-low.t * slope0))
+            return Advance(
+                low.point, {**kept, "size": scalar(low.t)}, low.t, (point.value - low.value) / (-low.t * slope0)
+            )
         return Advance(None, kept, t)
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from hesse.minimizers.descents import Bent, Exact, Mended, Products, Truncated
 from hesse.minimizers.line_search import Armijo, Wolfe
+from hesse.minimizers.method import Method
 from hesse.minimizers.quasi_newton import BFGS, LBFGS, Gradient
 from hesse.minimizers.regions import Cubic, TrustRegion
-from hesse.minimizers.method import Method
 
 __all__ = ["GRADIENT", "METHODS"]
 

@@ -48,7 +48,7 @@ def minimize(
     throw: bool = False,
     rtol: float | None = None,
     atol: float = 0.0,
-    max_steps: int = 1000,
+    max_steps: int | None = None,
     batched: bool = False,
 ) -> Any:
     """Minimise ``fun(x) + l1 ||x||_1 + l2/2 ||x||^2``, between bounds, from ``x0``.
@@ -61,9 +61,9 @@ def minimize(
             result, to go on from there.
         args: further arguments of ``fun`` and of the derivatives.
         method: ``"auto"`` chooses by size, sparsity and what is given, and says what in ``message``. By name:
-            ``"trust-exact"``, ``"trust-krylov"``, ``"trust-ncg"``, ``"dogleg"``, ``"newton"``, ``"newton-cg"``, ``"arc"``,
-            ``"arc-krylov"`` (second derivatives), ``"bfgs"``, ``"l-bfgs-b"``, ``"gd"`` (gradients), ``"prox-newton"``
-            (L1, bounds), ``"lm"`` (``fun`` returns residuals: :func:`hesse.least_squares`). Or any
+            ``"trust-exact"``, ``"trust-krylov"``, ``"trust-ncg"``, ``"dogleg"``, ``"newton"``, ``"newton-cg"``,
+            ``"arc"``, ``"arc-krylov"`` (second derivatives), ``"bfgs"``, ``"l-bfgs-b"``, ``"gd"`` (gradients),
+            ``"prox-newton"`` (L1, bounds), ``"lm"`` (``fun`` returns residuals: :func:`hesse.least_squares`). Or any
             ``Method(name, descent, search)`` of :mod:`hesse.minimizers`.
         jac: ``jac(x, *args)``, shaped as x; True if ``fun`` returns the pair of value and gradient.
         hess: ``hess(x, *args)`` [n, n] over the flattened x, dense or scipy.sparse.
@@ -78,8 +78,8 @@ def minimize(
         rtol: share of the decrease so far (and of the value) that may be left to gain, by the quadratic model. By
             default 1e-12 in float64, 1e-6 in float32.
         atol: also stop where no element of the gradient is larger.
-        max_steps: iterations.
-        batched: x0 [B, ...] are B starts, and ``fun`` maps all of them to [B] values; they are solved together.
+        max_steps: iterations; by default 1000, or ten for each variable if that is more: what a wave along a chain
+        takes. batched: x0 [B, ...] are B starts, and ``fun`` maps all of them to [B] values; they are solved together.
 
     Returns:
         A :class:`Result`; with ``batched``, a :class:`BatchResult`, the same with a leading dimension B.
@@ -106,14 +106,18 @@ def minimize(
     args = args if isinstance(args, tuple) else (args,)
     if batched:
         _refuse("batched=True", jac=jac, hess=hess, hessp=hessp, l1=l1, bounds=bounds, callback=callback, check=check)
-        rows = minimize_rows(_penalised(fun, args, l2), x0, rtol=rtol, atol=atol, max_steps=max_steps)
+        most = 1000 if max_steps is None else max_steps
+        rows = minimize_rows(_penalised(fun, args, l2), x0, rtol=rtol, atol=atol, max_steps=most)
         if throw and not bool(rows.success.all()):
             raise MinimizeError(rows)
         return rows
     if method == "lm":
         _refuse("method='lm'", hess=hess, hessp=hessp, l1=l1, check=check)
-        settings = {"rtol": rtol, "atol": atol, "max_steps": max_steps, "callback": callback, "throw": throw}
-        return least_squares(fun, x0, method="lm", jac=jac, bounds=bounds, l2=l2, args=args, **settings)
+        if jac is True:
+            raise ValueError("jac=True does not go with method='lm': give the Jacobian [m, n] as jac.")
+        most = 1000 if max_steps is None else max_steps
+        rest: dict[str, Any] = {"rtol": rtol, "atol": atol, "max_steps": most, "callback": callback, "throw": throw}
+        return least_squares(fun, x0, args=args, method="lm", jac=jac or None, bounds=bounds, l2=l2, **rest)
     state = x0 if isinstance(x0, State) else None
     border = _border(x0)
     x = border.x0 if state is None else state.memory["x"]
@@ -144,14 +148,14 @@ def minimize(
             c.nfev, c.njev, c.nhev, c.nhvp = last.nfev, last.njev, last.nhev, last.nhvp
     if check:
         check_gradient(function, x)
-    eps = torch.finfo(x.dtype).eps
-    tolerance = rtol if rtol is not None else (1e-12 if eps < 1e-10 else 1e-6)
+    tolerance = rtol if rtol is not None else (1e-12 if x.dtype == torch.float64 else 1e-6)
+    limit = max_steps if max_steps is not None else max(1000, 10 * x.numel())
 
     def report(point: Point, status: Status) -> Result:
         return _result(point, status, state, found, why)
 
     told = None if callback is None else _told(callback, report)
-    point, status = solve(function, found, state, rtol=tolerance, atol=atol, max_steps=max_steps, callback=told)
+    point, status = solve(function, found, state, rtol=tolerance, atol=atol, max_steps=limit, callback=told)
     result = report(point, status)
     if throw and not result.success:
         raise MinimizeError(result)
@@ -191,10 +195,10 @@ def _inverse(point: Point, state: State) -> Callable[[], Any] | None:
         H = point.known_hessian
 
         def dense() -> Any:
-            try:
-                return border.matrix(torch.linalg.inv(H))
-            except torch.linalg.LinAlgError as error:
-                raise ValueError(f"the Hessian at x is singular: {error}.") from None
+            inverse, info = torch.linalg.inv_ex(H)
+            if int(info):
+                raise ValueError("the Hessian at x is singular, so it has no inverse.")
+            return border.matrix(inverse)
 
         return dense
     return None
@@ -295,5 +299,5 @@ def _refuse_settings(rtol: Any, atol: Any, max_steps: Any, l1: Any, l2: Any, cal
     for name, value in (("atol", atol), ("l1", l1), ("l2", l2)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must not be negative; got {value}.")
-    if not isinstance(max_steps, int) or max_steps < 0:
+    if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 0):
         raise ValueError(f"max_steps must be an integer of at least 0; got {max_steps!r}.")

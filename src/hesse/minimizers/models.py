@@ -4,8 +4,8 @@
 
 A model is asked by a search for steps of several lengths, after each other, at one point; what is expensive is done
 once. ``Dense`` has the whole Hessian and solves exactly (More and Sorensen); ``Krylov`` knows H by products and
-solves exactly in the Krylov space of g (Gould, Lucidi, Roma and Toint); ``Steihaug`` goes along conjugate gradients to the
-edge of the region; ``Dogleg`` bends from the steepest descent to Newton's step.
+solves exactly in the Krylov space of g (Gould, Lucidi, Roma and Toint); ``Steihaug`` goes along conjugate gradients to
+the edge of the region; ``Dogleg`` bends from the steepest descent to Newton's step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from hesse.minimizers.function import Point
 from hesse.minimizers.secular import cubic, trust_region
 
 __all__ = ["Dense", "Model", "Step"]
@@ -42,13 +41,19 @@ class Model(Protocol):
     Args:
         predicted: decrease promised by the whole step; inf where the model has no least value, or it is out of reach.
         lowest: least curvature met, negative where the model has no least value.
+        natural: whether the whole step has a length of its own, as Newton's has and the gradient has not.
         whole: [n] the whole step, for searches on a line; downhill whatever the curvature.
         length: of a first step: of the whole one, or what the scales of g and H suggest.
     """
 
-    predicted: float
-    lowest: float
-    natural: bool  # whether the whole step has a length of its own, as Newton's has and the gradient has not
+    @property
+    def predicted(self) -> float: ...
+
+    @property
+    def lowest(self) -> float: ...
+
+    @property
+    def natural(self) -> bool: ...
 
     @property
     def whole(self) -> Tensor: ...
@@ -128,7 +133,7 @@ class Dense:
 
     @property
     def whole(self) -> Tensor:
-        """Newton's step; where the curvature is not positive, with the smallest shift that keeps it within ``length``."""
+        """Newton's step; where the curvature is not positive, the least value within ``length``."""
         return self.within(self.length).s
 
     def within(self, radius: float) -> Step:

@@ -16,7 +16,8 @@ __all__ = ["Numeric"]
 
 
 class Numeric:
-    """A source of derivatives (see :class:`hesse.minimizers.function.Source`) for a function that says nothing but numbers.
+    """A source of derivatives (see :class:`hesse.minimizers.function.Source`) for a function that says nothing but
+    numbers.
 
     Args:
         fun: the user's function.

@@ -28,14 +28,11 @@ from torch import Tensor
 
 from hesse.minimizers.composite import Curvature, Direction, Kinks, least
 from hesse.minimizers.function import Point
-from hesse.minimizers.method import Advance
 from hesse.minimizers.models import Model, Step
-from hesse.minimizers.regions import ENOUGH, GOOD, MOST_TRIALS, NOISE, POOR
 from hesse.minimizers.returned import is_sparse
-from hesse.minimizers.state import scalar
 from hesse.tree import Params
 
-__all__ = ["BoxRegion", "Composite", "Full", "Proximal", "landed"]
+__all__ = ["Composite", "Full", "Proximal"]
 
 SWEEPS = 10
 EPS = torch.finfo(torch.float64).eps
@@ -131,28 +128,6 @@ class Composite:
     def cubed(self, sigma: float) -> Step:
         """Refused: a cube does not fall apart into coordinates, as L1 and bounds do."""
         raise TypeError("cubic regularisation knows neither L1 nor bounds; use method='prox-newton'.")
-
-
-class BoxRegion:
-    """A trust region that limits every coordinate alike, and never leaves the bounds."""
-
-    def advance(self, point: Point, model: Model, memory: Params) -> Advance:
-        """See :class:`hesse.minimizers.method.Search`."""
-        radius = float(memory["radius"]) if "radius" in memory else model.length
-        kept = {"first": memory.get("first", scalar(radius))}
-        for _ in range(MOST_TRIALS):
-            step = model.within(radius)
-            new, ratio = _attempt(point, step)
-            if new is not None:
-                if ratio < POOR:
-                    radius = 0.5 * step.length
-                elif ratio > GOOD:
-                    radius = max(radius, 2 * step.length)
-                return Advance(new, {**kept, "radius": scalar(radius)}, radius, ratio)
-            if math.isnan(ratio) or step.length <= torch.finfo(point.x.dtype).eps * _largest(point.x):
-                break
-            radius = step.length * _shorter(point, step, ratio)
-        return Advance(None, kept, radius)
 
 
 class Full:
@@ -273,45 +248,6 @@ def _cone(curvature: Curvature, v: Tensor, up: Tensor, down: Tensor) -> float:
         if size > 0:
             found = min(found, float(part @ curvature.times(part)) / size)
     return found if found < 0 else 0.0
-
-
-def _attempt(point: Point, step: Step) -> tuple[Point | None, float]:
-    """As :func:`hesse.minimizers.regions.attempt`, but landing on bounds exactly."""
-    new = point.function.at(landed(point, step.s))
-    if new.value == -math.inf:
-        return new, math.inf
-    if not math.isfinite(new.value):
-        return None, -math.inf
-    gained = point.value - new.value
-    ratio = gained / step.predicted if step.predicted > 0 else -math.inf
-    rounding = NOISE * torch.finfo(point.x.dtype).eps * max(abs(point.value), abs(new.value))
-    if step.predicted <= rounding and abs(gained) <= rounding:
-        return (new, 1.0) if new.finite() and new.steepest() < point.steepest() else (None, math.nan)
-    if ratio <= ENOUGH:
-        return None, ratio
-    return (new, ratio) if new.finite() else (None, -math.inf)
-
-
-def _shorter(point: Point, step: Step, ratio: float) -> float:
-    """By how much to shorten a step that was refused: to the least value of the parabola through slope and values."""
-    if not math.isfinite(ratio):
-        return 0.25
-    x, s = point.x, step.s
-    slope = float(point.gradient() @ s) + point.function.l1 * float(((x + s).abs() - x.abs()).sum())
-    bend = -ratio * step.predicted - slope
-    return min(max(-slope / (2 * bend), 0.1), 0.5) if bend > 0 and slope < 0 else 0.5
-
-
-def landed(point: Point, s: Tensor) -> Tensor:
-    """``x + s`` [n], and exactly the bound where that is a rounding away: only there does a coordinate rest on it."""
-    x, bounds = point.x + s, point.function.bounds
-    if bounds is None:
-        return x
-    room = 2 * torch.finfo(x.dtype).eps
-    for end in bounds:
-        near = (x - end).abs() <= room * torch.maximum(point.x.abs(), end.abs())
-        x = torch.where(near & end.isfinite(), end, x)
-    return torch.minimum(torch.maximum(x, bounds[0]), bounds[1])
 
 
 def _largest(v: Tensor) -> float:

@@ -1,7 +1,8 @@
 """Descents by gradients alone: curvature learnt from how the gradient changed.
 
 ``BFGS`` keeps the inverse of the Hessian [n, n], ``LBFGS`` the last pairs of steps and changes of which it could be
-made, ``Gradient`` nothing. A pair s, y of a convex stretch has s'y > 0, and each update makes the approximation map y to s.
+made, ``Gradient`` nothing. A pair s, y of a convex stretch has s'y > 0, and each update makes the approximation map y
+to s.
 
 References:
     Nocedal and Wright, Numerical Optimization, 2nd edition, chapters 6 and 7.
@@ -50,8 +51,10 @@ class Direction:
 
     def within(self, radius: float) -> Step:
         """As far as the region goes: the least value of a plane."""
-        size = self.length
-        return Step(self.whole * (radius / size), -self.slope * radius / size, radius) if size else Step(self.whole, 0.0, 0.0)
+        if not self.length:
+            return Step(self.whole, 0.0, 0.0)
+        part = radius / self.length
+        return Step(part * self.whole, -part * self.slope, radius)
 
     def cubed(self, sigma: float) -> Step:
         """The least value of a plane plus a cube."""

@@ -1,8 +1,8 @@
 """Searches that trust the model of the function within a distance, and adapt the distance to how true it proved.
 
 ``TrustRegion`` limits the length of the step (More 1983; Conn, Gould and Toint 2000), ``Cubic`` charges for its cube
-(Nesterov and Polyak 2006; Cartis, Gould and Toint 2011). Both try a step by its value alone: a step that is refused costs one
-value, and the next, shorter one comes from the model at hand, without a new derivative.
+(Nesterov and Polyak 2006; Cartis, Gould and Toint 2011). Both try a step by its value alone: a step that is refused
+costs one value, and the next, shorter one comes from the model at hand, without a new derivative.
 
 The region starts as long as the first step that the model proposes, whatever the scale of x, and has no largest size.
 """
@@ -13,15 +13,17 @@ import math
 
 import torch
 
+from hesse.minimizers.bounds import landed
 from hesse.minimizers.function import Point
-from hesse.minimizers.models import Model, Step
 from hesse.minimizers.method import ROUNDING, Advance
+from hesse.minimizers.models import Model, Step
 from hesse.minimizers.state import scalar
 from hesse.tree import Params
 
 __all__ = ["Cubic", "TrustRegion"]
 
-# A step is taken where it brings this share of what the model promised; the region shrinks below POOR and grows above GOOD.
+# A step is taken where it brings this share of what the model promised; the region shrinks below POOR and grows above
+# GOOD.
 ENOUGH, POOR, GOOD = 1e-4, 0.25, 0.75
 # Values differ by rounding alone where less than this many units in the last place was promised: then gradients decide.
 NOISE = 250 * ROUNDING
@@ -34,7 +36,7 @@ SERIES, PARALLEL, WORTH = (0.4, 0.95), 0.1, 1.3
 
 
 class TrustRegion:
-    """The least value of the model within a radius.
+    """The least value of the model within a radius, in whatever norm the model measures lengths.
 
     Where Newton's steps repeat themselves, each a fixed part of the last, the function is flatter than a parabola along
     them (a quartic gives 2/3), and their geometric series is summed at once: Aitken's extrapolation, which for singular
@@ -64,7 +66,12 @@ class TrustRegion:
 
     def _leap(self, point: Point, model: Model, memory: Params, radius: float) -> Advance | None:
         """The sum of the series that this step and the last begin, if they begin one and it is as low as it says."""
-        if "moved" not in memory or not math.isfinite(model.predicted) or model.length > radius:
+        if (
+            point.function.composite
+            or "moved" not in memory
+            or not math.isfinite(model.predicted)
+            or model.length > radius
+        ):
             return None
         last, s = memory["moved"], model.whole
         part = float(last @ s / (last @ last))
@@ -119,7 +126,7 @@ def attempt(point: Point, step: Step, enough: float = ENOUGH) -> tuple[Point | N
 
     The ratio is minus infinity where the function is not finite, NaN where neither values nor gradients tell any more.
     """
-    new = point.function.at(point.x + step.s)
+    new = point.function.at(landed(point.x, step.s, point.function.bounds))
     if new.value == -math.inf:
         return new, math.inf
     if not math.isfinite(new.value):
@@ -138,6 +145,9 @@ def shrink(point: Point, step: Step, ratio: float) -> float:
     """By how much to shorten a step that was refused: to the least value of the parabola through slope and values."""
     if not math.isfinite(ratio):
         return 0.25
-    slope = float(point.gradient() @ step.s)
+    x, s = point.x, step.s
+    slope = float(point.gradient() @ s)
+    if point.function.l1:
+        slope += point.function.l1 * float((x + s).abs().sum() - x.abs().sum())
     bend = -ratio * step.predicted - slope
     return min(max(-slope / (2 * bend), 0.1), 0.5) if bend > 0 and slope < 0 else 0.5

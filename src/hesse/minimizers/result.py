@@ -56,14 +56,16 @@ _SENTENCES = {
     Status.CONVERGED: "converged",
     Status.PRECISION: "precision reached: what is left to gain is below the rounding or noise of the function",
     Status.MAX_STEPS: "out of steps: give more max_steps, or continue from result.state",
-    Status.UNBOUNDED: "the function seems unbounded below: it falls as far as was looked; check its sign, or add l2 or bounds",
+    Status.UNBOUNDED: "the function seems unbounded below: it falls as far as was looked; check its sign, or add l2 "
+    "or bounds",
     Status.NOT_FINITE: "the function or its gradient is not finite at x: start where it is, or bound x to its domain",
-    Status.KINK: "a kink or a jump: the function rises in the direction in which its gradient says that it falls, "
-    "at every step length; no smooth minimum is here",
-    Status.WRONG_GRADIENT: "the gradient does not belong to the function: its slope along the step is another than that of "
-    "the values; check jac with check=True or hesse.check",
+    Status.KINK: "a kink or a jump: the function rises in the direction in which its gradient says that it falls, at "
+    "every step length; no smooth minimum is here",
+    Status.WRONG_GRADIENT: "the gradient does not belong to the function: its slope along the step is another than "
+    "that of the values; check jac with check=True or hesse.check",
     Status.STALLED: "stalled: no step lowers the function, and neither rounding nor a kink explains it",
-    Status.SADDLE: "a saddle: the gradient is zero and the curvature negative, and no step along it lowers the function",
+    Status.SADDLE: "a saddle: the gradient is zero and the curvature negative, and no step along it lowers the "
+    "function",
     Status.STOPPED: "stopped by the callback",
     Status.INTERRUPTED: "interrupted; result.state continues from here",
 }
@@ -134,8 +136,8 @@ class Trace:
 
     def table(self) -> list[str]:
         """The lines of the table, the heading first."""
-        head = f"{'step':>4}  {'fun':>12}  {'|grad|':>10} {'|step|':>10} {'size':>10} {'ratio':>6} {'nfev':>5} {'njev':>5} "
-        return [head + f"{'nhev':>5} {'nhvp':>5}", *map(_line, self.rows)]
+        head = f"{'step':>4}  {'fun':>12}  {'|grad|':>10} {'|step|':>10} {'size':>10} {'ratio':>6} "
+        return [head + " ".join(f"{name:>5}" for name in ("nfev", "njev", "nhev", "nhvp")), *map(_line, self.rows)]
 
     def __str__(self) -> str:
         return "\n".join(self.table())
@@ -160,8 +162,8 @@ def _line(row: Row) -> str:
 
     ratio = "-" if row.trust_ratio != row.trust_ratio else f"{row.trust_ratio:.2f}"
     return (
-        f"{row.step:>4}  {row.fun:>12.6e}  {row.gradient:>10.3e} {short(row.length):>10} {short(row.size):>10} {ratio:>6} "
-        f"{row.nfev:>5} {row.njev:>5} {row.nhev:>5} {row.nhvp:>5}"
+        f"{row.step:>4}  {row.fun:>12.6e}  {row.gradient:>10.3e} {short(row.length):>10} {short(row.size):>10} "
+        f"{ratio:>6} {row.nfev:>5} {row.njev:>5} {row.nhev:>5} {row.nhvp:>5}"
     )
 
 
@@ -201,7 +203,8 @@ class Result:
 
     @property
     def hess_inv(self) -> Any:
-        """The inverse of the curvature at x in the order of the flattened x: [n, n] in the kind of ``x0``, or an operator.
+        """The inverse of the curvature at x in the order of the flattened x: [n, n] in the kind of ``x0``, or an
+        operator.
 
         Computed when asked for: from the method's own curvature, which for quasi-Newton methods is an approximation.
 
@@ -209,21 +212,28 @@ class Result:
             ValueError: the method keeps no curvature, or there it is singular.
         """
         if self.inverse is None:
-            raise ValueError(f"method {self.method!r} keeps no curvature; 'bfgs', 'l-bfgs-b', 'newton' and 'trust-exact' do.")
+            raise ValueError(
+                f"method {self.method!r} keeps no curvature; 'bfgs', 'l-bfgs-b', 'newton' and 'trust-exact' do."
+            )
         return self.inverse()
 
     def __repr__(self) -> str:
-        head = [("message", self.message), ("success", self.success), ("status", f"{int(self.status)} ({self.status.name.lower()})")]
-        body = [("fun", f"{self.fun:.10g}"), ("x", _brief(self.x)), ("jac", _brief(self.jac)), ("nit", self.nit)]
+        head = [
+            ("message", self.message),
+            ("success", self.success),
+            ("status", f"{int(self.status)} ({self.status.name.lower()})"),
+        ]
+        body = [("fun", f"{self.fun:.10g}"), ("x", brief(self.x)), ("jac", brief(self.jac)), ("nit", self.nit)]
         counts = [(name, getattr(self, name)) for name in ("nfev", "njev", "nhev", "nhvp")]
         return "\n".join(f"{name:>8}: {value}" for name, value in [*head, *body, *counts])
 
 
-def _brief(x: Any) -> str:
+def brief(x: Any) -> str:
     """A few numbers of a tensor, an array or a dict of them, on one line."""
     if isinstance(x, dict):
-        return "{" + ", ".join(f"{name}: {_brief(value)}" for name, value in x.items()) + "}"
+        return "{" + ", ".join(f"{name}: {brief(value)}" for name, value in x.items()) + "}"
     values = torch.as_tensor(x).detach().flatten()
     shown = ", ".join(f"{value:.4g}" for value in values[:6].tolist())
-    return f"[{shown}{', ...' if values.numel() > 6 else ''}]" + (f" {list(x.shape)}" if x.ndim != 1 or values.numel() > 6 else "")
-
+    return f"[{shown}{', ...' if values.numel() > 6 else ''}]" + (
+        f" {list(x.shape)}" if x.ndim != 1 or values.numel() > 6 else ""
+    )

@@ -35,7 +35,9 @@ def number(value: Any) -> float:
             array = np.asarray(None)
         dtype, shape = str(array.dtype), list(array.shape)
     if "complex" in dtype:
-        raise TypeError(f"fun returned a complex number ({dtype}); it must be real. Return .real, or the squared magnitude.")
+        raise TypeError(
+            f"fun returned a complex number ({dtype}); it must be real. Return .real, or the squared magnitude."
+        )
     if "int" in dtype or "bool" in dtype:
         raise TypeError(
             f"fun returned an integer ({dtype}), which has no derivative; it must be a float. "
@@ -65,7 +67,9 @@ def square(value: Any, x: Tensor) -> Tensor | SparseMatrix:
         value = real(value, "hess").to(x.device, x.dtype)
         value = value.reshape(1, 1) if value.numel() == n == 1 else value
     if tuple(value.shape) != (n, n):
-        raise ValueError(f"hess must return [{n}, {n}], rows and columns in the order of the flattened x; got {list(value.shape)}.")
+        raise ValueError(
+            f"hess must return [{n}, {n}], rows and columns in the order of the flattened x; got {list(value.shape)}."
+        )
     numbers = value.data if isinstance(value, SparseMatrix) else value
     if not bool(numbers.isfinite().all()):
         raise ValueError("hess returned NaN or infinity where fun and its gradient are finite.")
@@ -73,8 +77,9 @@ def square(value: Any, x: Tensor) -> Tensor | SparseMatrix:
     # Half the digits: a Hessian by differences has no more.
     if off > torch.finfo(x.dtype).eps ** 0.5 * size:
         raise ValueError(
-            f"hess returned a matrix that is not symmetric: H and its transpose differ by {off:.3g}, its largest element is "
-            f"{size:.3g}. Second derivatives are symmetric; is one triangle missing, or is it the Jacobian of something else?"
+            f"hess returned a matrix that is not symmetric: H and its transpose differ by {off:.3g}, its largest "
+            f"element is {size:.3g}. Second derivatives are symmetric: is one triangle missing, or is it another "
+            "function's Jacobian?"
         )
     return value
 
@@ -88,16 +93,24 @@ def real(value: Any, name: str) -> Tensor:
     if isinstance(value, Tensor):
         got = value.detach()
     else:
-        try:
-            array = np.asarray(value)
-            got = torch.as_tensor(array if array.dtype.kind in "fc" else array.astype(np.float64))
-        except (TypeError, ValueError):
-            got = None
-        if got is None or value is None:
-            raise TypeError(f"{name} must be real numbers; got {type(value).__name__}.") from None
+        array = _array(value)
+        if array is None:
+            raise TypeError(f"{name} must be real numbers; got {type(value).__name__}.")
+        got = torch.as_tensor(array)
     if got.is_complex():
         raise TypeError(f"{name} must be real; got {got.dtype}.")
     return got
+
+
+def _array(value: Any) -> np.ndarray[Any, Any] | None:
+    """What NumPy reads as real or complex floating-point numbers, or None."""
+    if value is None:
+        return None
+    try:
+        array = np.asarray(value)
+        return array if array.dtype.kind in "fc" else array.astype(np.float64)
+    except (TypeError, ValueError):
+        return None
 
 
 def asymmetry(H: Tensor | SparseMatrix) -> float:

@@ -1,8 +1,8 @@
 """Is it a minimum? The least curvature at a stationary point, and the way down where it is negative.
 
 Methods that see gradients, or products in the gradient's own Krylov space, stop at a saddle as at a minimum. Before one
-of them claims a minimum, the least eigenvalue is looked for from a random vector: by Lanczos, or in the whole Hessian where
-x is short.
+of them claims a minimum, the least eigenvalue is looked for from a random vector: by Lanczos, or in the whole Hessian
+where x is short.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HALVINGS = 40
 
 
 def leave(point: Point, status: Status) -> tuple[Status | None, Advance]:
-    """``status`` where ``point`` is a minimum; where it is a saddle None and a lower point, or SADDLE if there is none."""
+    """``status`` where ``point`` is a minimum; at a saddle None and a lower point, or SADDLE if there is none."""
     value, vector = lowest(point)
     if value >= 0:
         return status, Advance(None, {}, 0.0)

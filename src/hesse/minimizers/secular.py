@@ -4,9 +4,9 @@
     min over y of  c'y + 1/2 sum_i w_i y_i^2  +  sigma/3 ||y||^3                        (cubic regularisation)
 
 Both are solved by ``y(shift) = -c / (w + shift)`` with one number, the shift, on which everything hangs: for the trust
-region ||y|| = radius, for the cube ||y|| = shift / sigma. That is the secular equation; in the reciprocal of ||y|| it is
-almost straight, and Newton's method takes a few steps. Where c has no part along the lowest eigenvector (the hard case)
-no shift is long enough, and the eigenvector itself makes up the length.
+region ||y|| = radius, for the cube ||y|| = shift / sigma. That is the secular equation; in the reciprocal of ||y|| it
+is almost straight, and Newton's method takes a few steps. Where c has no part along the lowest eigenvector (the hard
+case) no shift is long enough, and the eigenvector itself makes up the length.
 
 References:
     More and Sorensen, Computing a trust region step, SIAM J. Sci. Stat. Comput. 1983.

@@ -1,8 +1,9 @@
 """The loop: model, are we done, step. Nothing is remembered between two rounds but the state.
 
-A method (:mod:`hesse.minimizers.method`) is a descent and a search. The descent makes a quadratic model of the function at a point (Newton, BFGS, ...); the
-search finds how far to go by it (a line, a trust region, a cube). Between them stands the question whether there is
-anything left to gain, and it is asked of the model, in the function's own units:
+A method (:mod:`hesse.minimizers.method`) is a descent and a search. The descent makes a quadratic model of the
+function at a point (Newton, BFGS, ...); the search finds how far to go by it (a line, a trust region, a cube). Between
+them stands the question whether there is anything left to gain, and it is asked of the model, in the function's own
+units:
 
 - *converged*: the model promises less than ``rtol`` of what has been gained since the start, or no element of the
   gradient is above ``atol``;

@@ -66,10 +66,14 @@ class State:
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 about = file.metadata() or {}
-                memory = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+                memory = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file, or is cut off: {error}.") from error
-        if about.get("hesse") != "minimize" or not {"method", "x"} <= about.keys() or not {"x", "trace"} <= memory.keys():
+        if (
+            about.get("hesse") != "minimize"
+            or not {"method", "x"} <= about.keys()
+            or not {"x", "trace"} <= memory.keys()
+        ):
             raise ValueError(f"{path} is not the state of a solve: it was not written by State.save().")
         rows = [_row(values) for values in memory.pop("trace").tolist()]
         kind = json.loads(about["x"])
@@ -83,7 +87,8 @@ class State:
 
 def _row(values: list[float]) -> Row:
     whole = ("step", "nfev", "njev", "nhev", "nhvp")
-    return Row(*(int(v) if name in whole else v for name, v in zip(Row._fields, values, strict=True)))
+    named = dict(zip(Row._fields, values, strict=True))
+    return Row(**{name: int(v) if name in whole else v for name, v in named.items()})  # type: ignore[arg-type]
 
 
 def _safetensors() -> ModuleType:

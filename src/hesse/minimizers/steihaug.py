@@ -1,4 +1,5 @@
-"""Truncated conjugate gradients: Newton's equation by products, until the region, negative curvature or accuracy ends it.
+"""Truncated conjugate gradients: Newton's equation by products, until the region, negative curvature or accuracy ends
+it.
 
 The corners of the path lie further and further out, so that a smaller region is left on an earlier stretch of the same
 path: a refused step costs no product. Without a region this is the descent of Newton-CG; with one that of trust-ncg.
@@ -11,6 +12,7 @@ References:
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ class Path:
     def within(self, radius: float) -> Step:
         """Where the path leaves the region, or its end."""
         stretches = list(zip(self.corners, self.products, strict=True))
-        for (a, Ha), (b, Hb) in zip(stretches, stretches[1:], strict=False):
+        for (a, Ha), (b, Hb) in pairwise(stretches):
             if float(b.norm()) > radius:
                 t = _leaves(a, b - a, radius)
                 return self._step(a + t * (b - a), Ha + t * (Hb - Ha))

@@ -30,8 +30,9 @@ def check_gradient(function: Function, x: Tensor) -> None:
     found, error = _slope(value, x, v, level)
     if abs(found - said) > 10 * error + 1e-3 * abs(found):
         raise ValueError(
-            f"jac does not belong to fun: along a random direction the gradient says a slope of {said:.6g}, the values say "
-            f"{found:.6g} +- {error:.1g}. A sign, a factor or a missing term; hesse.check.gradients says where."
+            f"jac does not belong to fun: along a random direction the gradient says a slope of {said:.6g}, the "
+            f"values say {found:.6g} +- {error:.1g}. A sign, a factor or a missing term; "
+            "hesse.check.gradients says where."
         )
 
 
