@@ -217,6 +217,8 @@ def test_bounds_are_understood_in_scipys_forms() -> None:
         result = hesse.minimize(rosenbrock, vector(0.1, 0.1), bounds=bounds)
         assert result.success
         torch.testing.assert_close(result.x, vector(0.5, 0.25), rtol=1e-6, atol=1e-6)
+    tenths = hesse.minimize(rosenbrock, vector(0, 0), bounds=[(0, 0.1), (None, None)])
+    assert float(tenths.x[0]) == 0.1  # to the last digit
 
 
 def test_the_callback_gets_x_after_every_step() -> None:

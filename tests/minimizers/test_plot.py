@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_the_old_figure(tmp_path: Path, monkeypatch: pytes
 def test_without_matplotlib_a_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hesse\[plot\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hesse\[minimize\]'"):
         solved().plot(tmp_path / "trace.png")
 
 

@@ -39,8 +39,8 @@ def bounds_of(bounds: Any, border: Border) -> tuple[Tensor, Tensor] | None:
     elif getattr(bounds, "shape", None) == (border.x0.numel(), 2):
         low, high = bounds[:, 0], bounds[:, 1]
     elif isinstance(bounds, list) and len(bounds) == border.x0.numel() and all(len(pair) == 2 for pair in bounds):
-        low = torch.tensor([-math.inf if a is None else a for a, _ in bounds])
-        high = torch.tensor([math.inf if b is None else b for _, b in bounds])
+        low = torch.tensor([-math.inf if a is None else a for a, _ in bounds], dtype=torch.float64)
+        high = torch.tensor([math.inf if b is None else b for _, b in bounds], dtype=torch.float64)
     else:
         raise TypeError(
             "bounds must be a tuple (low, high), each a number, None or shaped as x0; or a list or array of one pair "
@@ -61,8 +61,8 @@ def _side(value: Any, missing: float, name: str, border: Border) -> Tensor:
     x0 = border.x0
     if value is None:
         return torch.full_like(x0, missing)
-    if isinstance(value, int | float) or getattr(value, "ndim", 1) == 0:
-        return torch.full_like(x0, float(value))
+    if isinstance(value, int | float) or getattr(value, "ndim", 1) == 0 or getattr(value, "shape", None) == (1,):
+        return torch.full_like(x0, float(value))  # SciPy's Bounds(0, 1) makes arrays of one
     return border.inside(value, name)
 
 

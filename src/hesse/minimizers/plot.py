@@ -84,7 +84,7 @@ def ready(path: Path) -> tuple[str, Any]:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "a figure needs matplotlib, which cannot be imported: pip install 'hesse[plot]'.", name=error.name
+            "a figure needs matplotlib, which cannot be imported: pip install 'hesse[minimize]'.", name=error.name
         ) from error
     return kind, Figure
 

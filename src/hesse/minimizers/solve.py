@@ -88,7 +88,7 @@ def solve(
 
 
 def _done(point: Point, model: Model, memory: Params, rtol: float, atol: float) -> Status | None:
-    if point.value == -math.inf:
+    if point.value < -(torch.finfo(point.x.dtype).max ** 0.5):  # below, slopes cannot be squared any more
         return Status.UNBOUNDED
     steepest, known = point.steepest(), not math.isnan(model.lowest)
     gained = float(memory["start"]) - point.value
@@ -106,7 +106,9 @@ def _done(point: Point, model: Model, memory: Params, rtol: float, atol: float) 
     if not known and steepest > rtol ** (0.75 if math.isinf(model.predicted) else 0.5) * float(memory["steepest"]):
         return None
     if math.isinf(model.predicted):
-        return None if known else Status.CONVERGED
+        # A slope where nothing curves is a way down, unless it is rounding: of the gradient's own terms at the start.
+        level = torch.finfo(point.x.dtype).eps * float(memory["steepest"])
+        return Status.CONVERGED if not known else Status.PRECISION if steepest <= level else None
     before = float(memory["promised"]) if "promised" in memory else math.inf
     memory["promised"] = scalar(model.predicted)
     # Where the least value is 0 there is no |f| to hold the promise against. Then more digits are asked for, and while
