@@ -87,7 +87,11 @@ DERIVATIVES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "hess of None": ({"hess": lambda x: None}, TypeError, "hess must.*got NoneType"),
     "complex hess": ({"hess": lambda x: 1j * np.eye(2)}, TypeError, "hess must be real.*complex"),
     "hess of NaN": ({"hess": lambda x: np.full((2, 2), np.nan)}, ValueError, "hess returned NaN"),
-    "jac of another shape": ({"jac": lambda x: np.zeros(3)}, ValueError, r"jac must have the shape of x0, \[2\]; got \[3\]"),
+    "jac of another shape": (
+        {"jac": lambda x: np.zeros(3)},
+        ValueError,
+        r"jac must have the shape of x0, \[2\]; got \[3\]",
+    ),
     "jac of None": ({"jac": lambda x: None}, TypeError, "jac must be real numbers.*got NoneType"),
     "complex jac": ({"jac": lambda x: 1j * JAC(x)}, TypeError, "jac must be real.*complex"),
     "hessp of another shape": (
@@ -113,7 +117,9 @@ def test_what_derivatives_may_not_be(name: str, method: str) -> None:
         hesse.minimize(FUN, START.numpy(), **{"jac": JAC, "hess": HESS, **given}, method=method)
 
 
-@pytest.mark.parametrize("wrong", [lambda g: -g, lambda g: 2 * g, lambda g: g * np.array([1, 0]), lambda g: g[::-1], lambda g: g + 5])
+@pytest.mark.parametrize(
+    "wrong", [lambda g: -g, lambda g: 2 * g, lambda g: g * np.array([1, 0]), lambda g: g[::-1], lambda g: g + 5]
+)
 @pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
 def test_a_wrong_jac_is_caught_by_the_check(wrong: Any, scale: float) -> None:
     with pytest.raises(ValueError, match=r"jac does not belong to fun: .* slope of .* the values say .*"):

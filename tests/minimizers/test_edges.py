@@ -51,7 +51,11 @@ def test_a_region_of_nan_is_stepped_back_from(method: str) -> None:
 
 @ALL
 def test_a_start_where_the_function_is_not_finite_is_told(method: str) -> None:
-    for fun in (lambda x: (x - x.log()).sum(), lambda x: x.sum() * math.inf, lambda x: x.abs().sqrt().sum() * 0 + x[0].sqrt()):
+    for fun in (
+        lambda x: (x - x.log()).sum(),
+        lambda x: x.sum() * math.inf,
+        lambda x: x.abs().sqrt().sum() * 0 + x[0].sqrt(),
+    ):
         result = hesse.minimize(fun, vector(-1, 0), method=method)
         assert result.status == Status.NOT_FINITE
         assert "not finite" in result.message
@@ -243,7 +247,13 @@ def test_values_alone_at_the_minimum_of_a_parabola_are_no_saddle() -> None:
 
 @ALL
 def test_a_gradient_of_the_wrong_sign_is_no_success(method: str) -> None:
-    result = hesse.minimize(rosenbrock, START, jac=lambda x: -torch.func.grad(rosenbrock)(x), hess=torch.func.hessian(rosenbrock), method=method)
+    result = hesse.minimize(
+        rosenbrock,
+        START,
+        jac=lambda x: -torch.func.grad(rosenbrock)(x),
+        hess=torch.func.hessian(rosenbrock),
+        method=method,
+    )
     assert not result.success
     assert result.status in (Status.WRONG_GRADIENT, Status.STALLED, Status.SADDLE)
 

@@ -86,7 +86,10 @@ def test_negative_curvature_is_told_and_has_no_promise(bend: float) -> None:
 
 def test_the_hard_case_reaches_the_edge() -> None:
     """The gradient has no part in the element whose curvature is lowest."""
-    H, g = of(lambda x: (x[1:] * x[:-1])[1:].sum() + 2 * x.square().sum() - 5 * x[0] ** 2 + x[1:].sum(), torch.zeros(N).double())
+    H, g = of(
+        lambda x: (x[1:] * x[:-1])[1:].sum() + 2 * x.square().sum() - 5 * x[0] ** 2 + x[1:].sum(),
+        torch.zeros(N).double(),
+    )
     assert float(g[0]) == 0
     sparse, dense = both(H, g)
     radius = 3 * float((g / 4).norm())

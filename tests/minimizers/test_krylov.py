@@ -61,7 +61,14 @@ def test_the_whole_step_of_a_convex_model_is_newtons_and_has_its_promise() -> No
     newton = -torch.linalg.solve(H, g)
     torch.testing.assert_close(model.whole, newton, rtol=1e-8, atol=1e-10)
     assert model.predicted == pytest.approx(-0.5 * float(g @ newton), rel=1e-9)
-    assert model.lowest > 0
+    assert not model.lowest < 0
+
+
+def test_of_directions_beside_its_space_it_claims_nothing() -> None:
+    model = krylov(torch.diag(vector(1, 2, -3)), vector(1, 1, 0))
+    assert math.isnan(model.lowest)
+    whole = krylov(torch.diag(vector(1, 2, 3)), vector(1, 1, 1))
+    assert whole.lowest == pytest.approx(1)
 
 
 def test_negative_curvature_in_the_space_is_seen_and_leaves_no_promise() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ def textbook(kept: list[tuple[Tensor, Tensor]], first: float, n: int = N) -> Ten
 def test_bfgs_is_the_textbooks_product_of_matrices() -> None:
     f, points = walk(bent)
     memory = BFGS().begin(f.at(points[0]))
-    for old, new in zip(points, points[1:], strict=False):
+    for old, new in itertools.pairwise(points):
         memory = {**memory, **BFGS().update(memory, f.at(old), f.at(new))}
     kept = pairs(f, points)
     assert 2 < len(kept) < len(points) - 1  # some were refused
@@ -61,7 +63,7 @@ def test_l_bfgs_is_bfgs_of_the_last_pairs(size: int) -> None:
     f, points = walk(bent)
     descent = LBFGS(size)
     memory = descent.begin(f.at(points[0]))
-    for old, new in zip(points, points[1:], strict=False):
+    for old, new in itertools.pairwise(points):
         memory = {**memory, **descent.update(memory, f.at(old), f.at(new))}
     kept = pairs(f, points)[-size:]
     assert len(memory["steps"]) == len(kept)

@@ -41,8 +41,16 @@ def test_the_fields_are_scipys() -> None:
 
 def test_it_prints_as_a_table_that_holds_what_matters() -> None:
     text = repr(solved())
-    for word in ("message: converged", "success: True", "status: 0 (converged)", "fun:", "x: [1, 1]", "nit:", "nfev:", "nhvp:"):
-        assert word in text
+    for words in (
+        "message: converged",
+        "success: True",
+        "status: 0 (converged)",
+        "x: [1, 1]",
+        "nit:",
+        "nfev:",
+        "nhvp:",
+    ):
+        assert words in text
     wide = repr(hesse.minimize(lambda x: x.square().sum(), torch.ones(3, 4)))
     assert "[3, 4]" in wide
     named = repr(hesse.minimize(lambda p: p["a"].square().sum(), {"a": torch.ones(2)}))
@@ -108,7 +116,10 @@ def test_throw_raises_with_the_result() -> None:
     assert solved(throw=True).success
 
 
-@pytest.mark.parametrize("method", ["auto", "bfgs", "l-bfgs-b", "trust-krylov", "arc", "newton-cg", "gd", "prox-newton"])
+METHODS = ["auto", "bfgs", "l-bfgs-b", "trust-krylov", "arc", "newton-cg", "gd", "prox-newton"]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_saved_state_goes_on_to_the_same_iterates(tmp_path: Path, method: str) -> None:
     whole = solved(method=method, max_steps=12)
     part = solved(method=method, max_steps=5)
@@ -133,7 +144,10 @@ def test_going_on_does_not_change_the_state_that_it_began_with() -> None:
     assert len(part.trace) == 5
 
 
-@pytest.mark.parametrize("x0", [START, {"a": START[:1], "b": START[1]}, START.numpy(), START.float()], ids=["tensor", "dict", "array", "float32"])
+KINDS = {"tensor": START, "dict": {"a": START[:1], "b": START[1]}, "array": START.numpy(), "float32": START.float()}
+
+
+@pytest.mark.parametrize("x0", KINDS.values(), ids=KINDS)
 def test_a_state_keeps_the_kind_of_x(tmp_path: Path, x0: object) -> None:
     def fun(x: object) -> object:
         if isinstance(x, dict):

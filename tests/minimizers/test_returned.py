@@ -13,9 +13,10 @@ from hesse.minimizers.returned import number, square
 X = torch.zeros(2, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    "value", [2.5, torch.tensor(2.5), torch.tensor([[2.5]]), np.float64(2.5), np.array([2.5]), np.float32(2.5), [2.5]], ids=str
-)
+ONE = [2.5, torch.tensor(2.5), torch.tensor([[2.5]]), np.float64(2.5), np.array([2.5]), np.float32(2.5), [2.5]]
+
+
+@pytest.mark.parametrize("value", ONE, ids=str)
 def test_one_number_of_any_kind(value: Any) -> None:
     assert number(value) == 2.5
 

@@ -53,6 +53,11 @@ def test_curvature_that_the_values_do_not_show_is_a_saddle_without_a_way_out() -
     assert leave(p, Status.CONVERGED)[0] == Status.SADDLE
 
 
+def _network(x: torch.Tensor) -> torch.Tensor:
+    t = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    return (torch.outer(t, x[:2]).tanh() @ x[2:] - (2 * t).tanh()).square().sum()
+
+
 SADDLES: dict[str, tuple[Fun, torch.Tensor, float]] = {
     "two wells": (lambda x: x[0] ** 4 / 4 - x[0] ** 2 / 2 + x[1] ** 2, vector(0, 0), -0.25),
     "maximum": (lambda x: x.cos().sum(), vector(0, 0), -2),
@@ -60,13 +65,7 @@ SADDLES: dict[str, tuple[Fun, torch.Tensor, float]] = {
     "monkey": (lambda x: x[0] ** 3 - 3 * x[0] * x[1] ** 2 + (x**4).sum() - x[0] ** 2, vector(0, 0), -math.inf),
     "maximum near zero": (lambda x: x.cos().sum(), vector(1e-13, 1e-13), -2),
     "large units": (lambda x: (x / 1e6).cos().sum(), vector(0, 0), -2),
-    "symmetric network": (
-        lambda x: ((x[:2].view(2, 1) * torch.linspace(-1, 1, 9).double()).tanh().T @ x[2:] - torch.linspace(-2, 2, 9).double().tanh())
-        .square()
-        .sum(),
-        vector(0, 0, 0, 0),
-        -math.inf,
-    ),
+    "symmetric network": (_network, vector(0, 0, 0, 0), -math.inf),
 }
 
 

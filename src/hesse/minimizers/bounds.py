@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def _side(value: Any, missing: float, name: str, border: Border) -> Tensor:
     if value is None:
         return torch.full_like(x0, missing)
     if isinstance(value, int | float) or getattr(value, "ndim", 1) == 0 or getattr(value, "shape", None) == (1,):
-        return torch.full_like(x0, float(value))  # SciPy's Bounds(0, 1) makes arrays of one
+        return torch.full_like(x0, float(np.asarray(value).reshape(())))  # SciPy's Bounds(0, 1) makes arrays of one
     return border.inside(value, name)
 
 

@@ -25,6 +25,7 @@ COMPOSITE = {
     "prox-newton": Method("prox-newton", Proximal(), TrustRegion()),
     "l-bfgs-b": Method("l-bfgs-b", ProjectedLBFGS(), TrustRegion()),
 }
+_REFUSED = "method {!r} takes no {}. 'prox-newton' and 'l-bfgs-b' do, and 'auto' chooses."
 LARGE = Method("prox-newton", ProjectedCG(), TrustRegion())
 
 
@@ -35,6 +36,8 @@ def choose(method: str | Method | None, function: Function, x: Tensor) -> tuple[
         ValueError: an unknown name, or a method that cannot do what is asked.
     """
     if isinstance(method, Method):
+        if function.composite and not isinstance(method.descent, Proximal | ProjectedCG | ProjectedLBFGS):
+            raise ValueError(_REFUSED.format(method.name, "l1" if function.l1 else "bounds"))
         return method, ""
     if method is not None and not isinstance(method, str):
         raise TypeError(f"method must be a name or a Method; got {type(method).__name__}.")
@@ -47,8 +50,7 @@ def choose(method: str | Method | None, function: Function, x: Tensor) -> tuple[
         raise ValueError(f"unknown method {method!r}. Known are {known}.")
     if function.composite or name == "prox-newton":
         if name not in COMPOSITE:
-            what = "l1" if function.l1 else "bounds"
-            raise ValueError(f"method {name!r} takes no {what}. 'prox-newton' and 'l-bfgs-b' do, and 'auto' chooses.")
+            raise ValueError(_REFUSED.format(name, "l1" if function.l1 else "bounds"))
         found = COMPOSITE[name]
         if name == "prox-newton" and not _whole(function, x):
             found = LARGE

@@ -25,6 +25,7 @@ __all__ = ["Bent", "Exact", "Mended", "Products", "Truncated"]
 
 # A model is half true where the decrease differed from the promise by more than a little and less than half.
 HALF = (0.1, 0.5)
+COSTLY = 100  # variables above which a Hessian costs more than a step
 
 
 class Exact:
@@ -52,7 +53,8 @@ class Mended(Exact):
     A step along a curved valley ends off its floor, and the next one only goes back there. For that the old Hessian
     will do, once it fits the change of the gradient that was seen: the symmetric matrix nearest to it that does
     (Powell's symmetric Broyden update). Where the model was true (the end of a solve) Newton's own convergence is
-    worth its price, and where it was false nothing of it is kept.
+    worth its price, unless a Hessian has many rows: then it is mended there too, as often as it stays true. Where it
+    was false nothing of it is kept.
 
     References:
         Powell, A new algorithm for unconstrained optimization, 1970.
@@ -69,12 +71,16 @@ class Mended(Exact):
     def update(self, memory: Params, old: Point, new: Point) -> Params:
         """See :class:`hesse.minimizers.method.Descent`."""
         H, no = old.known_hessian, {"mended": old.x.new_zeros(0, 0)}
-        if not isinstance(H, Tensor):
+        costly, again = old.x.numel() > COSTLY, H is None
+        if again:
+            H = memory.get("mended")
+        if not isinstance(H, Tensor) or not H.numel() or (again and not costly):
             return no
         s, g = new.x - old.x, old.gradient()
         Hs = H @ s
         promised = -float(g @ s + 0.5 * s @ Hs)
-        if not promised > 0 or not HALF[0] <= abs((old.value - new.value) / promised - 1) < HALF[1]:
+        least, most = (0.0 if costly else HALF[0]), (HALF[0] if again else HALF[1])
+        if not promised > 0 or not least <= abs((old.value - new.value) / promised - 1) < most:
             return no
         r, ss = new.gradient() - g - Hs, s @ s
         rs = torch.outer(r, s)

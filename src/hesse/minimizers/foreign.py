@@ -212,7 +212,7 @@ class Foreign:
     def __init__(self, fun: Callable[..., Array], border: ForeignBorder, args: tuple[Any, ...] = ()) -> None:
         own = border.own
         self.own, self.name = own, own.about
-        self.counts, self.second = Counts(), True
+        self.counts, self.second, self.exact = Counts(), True, True
         if border.x0.dtype == torch.float32 and own.name == "jax":
             self.name += (
                 " in float32 (jax.config.update('jax_enable_x64', True) and a float64 x0 give twice the digits)"

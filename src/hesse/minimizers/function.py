@@ -38,6 +38,7 @@ class Source(Protocol):
 
     name: str
     counts: Counts
+    exact: bool  # whether curvature is known to more than the noise of values
     second: bool  # whether gradients are made so that they can be differentiated again
 
     def value(self, x: Tensor) -> tuple[Any, Any]:

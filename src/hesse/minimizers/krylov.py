@@ -109,7 +109,9 @@ class Krylov:
             while len(space.diagonal) < check and not space.ended:
                 space.grow()
             w, U = space.eigen()
-            self.lowest = float(w[0])
+            # Of directions beside the gradient's space nothing is known.
+            whole = len(space.diagonal) == self.g.numel()
+            self.lowest = float(w[0]) if whole or float(w[0]) < 0 else math.nan
             y, shift = least(w, self.size * U[0])
             inside = U @ y
             residual = space.beside[-1] * abs(float(inside[-1]))

@@ -40,6 +40,7 @@ class Numeric:
         self.fun, self.border, self.args, self.jac = fun, border, args, jac
         self.bounds = None if bounds is None else (bounds[0].double(), bounds[1].double())
         self.counts = Counts()
+        self.exact = jac is not None
         self.name = "differences of values" if jac is None else "differences of jac"
         self._memory: Any = None
         self._bends: Any = None

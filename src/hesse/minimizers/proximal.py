@@ -58,7 +58,8 @@ class Proximal:
 
     def model(self, point: Point, memory: Params) -> Model:
         """See :class:`hesse.minimizers.method.Descent`."""
-        return Composite(point, Full(point.hessian()))
+        H = point.hessian()
+        return Composite(point, Full(H if isinstance(H, Tensor) else H.dense()))
 
     def update(self, memory: Params, old: Point, new: Point) -> Params:
         """See :class:`hesse.minimizers.method.Descent`."""
@@ -235,7 +236,9 @@ def _newton(H: Tensor, c: Tensor) -> Tensor | None:
         factor, info = torch.linalg.cholesky_ex(scaled)
         # A pivot of rounding alone passes for positive curvature.
         if not int(info) and float(factor.diagonal().min()) ** 2 > max(10 * len(d) * EPS, 0.5 * shift):
-            return -d * torch.cholesky_solve((d * c)[:, None], factor)[:, 0]
+            step = -d * torch.cholesky_solve((d * c)[:, None], factor)[:, 0]
+            # A slope where nothing curves is left over whole: there is no such step.
+            return step if not shift or float((H @ step + c).norm()) <= 0.5 * float(c.norm()) else None
     return None
 
 

@@ -73,9 +73,11 @@ class TrustRegion:
             or model.length > radius
         ):
             return None
-        last, s = memory["moved"], model.whole
-        part = float(last @ s / (last @ last))
-        if not SERIES[0] < part < SERIES[1] or float((s - part * last).norm()) > PARALLEL * float(s.norm()):
+        s = model.whole
+        moving = s != 0
+        ratios = s[moving] / memory["moved"][moving]  # element by element, which is the same in any units of x
+        part = float(ratios.mean()) if ratios.numel() else math.nan
+        if not SERIES[0] < part < SERIES[1] or not bool(((ratios - part).abs() <= PARALLEL * part).all()):
             return None
         new = point.function.at(point.x + s / (1 - part))
         ratio = (point.value - new.value) / model.predicted

@@ -64,6 +64,7 @@ class Residuals:
     """
 
     without = ""  # where J comes from if the user gives none
+    exact = True
     second = True  # products and Hessians come from the graph of the residuals, not from that of the gradient
     name: str
 

@@ -63,15 +63,15 @@ def solve(
         while True:
             model = method.descent.model(point, memory)
             status = _done(point, model, memory, rtol, atol)
-            if status is not None and status.success and math.isnan(model.lowest):
-                status, advance = leave(point, status)
-            elif status is None and trace[-1].step >= max_steps:
+            if status is None and trace[-1].step >= max_steps:
                 status = Status.MAX_STEPS
             elif status is None:
                 advance = method.search.advance(point, model, memory)
                 if advance.point is None and model.lowest < 0:  # a gradient of zero tells the search no way down
                     advance = leave(point, Status.SADDLE)[1]
                 status = diagnose(point, model) if advance.point is None else None
+            if status is not None and status.success and math.isnan(model.lowest):
+                status, advance = leave(point, status)
             if status is not None:
                 return point, status
             new = advance.point
@@ -108,13 +108,15 @@ def _done(point: Point, model: Model, memory: Params, rtol: float, atol: float) 
     if math.isinf(model.predicted):
         # A slope where nothing curves is a way down, unless it is rounding: of the gradient's own terms at the start.
         level = torch.finfo(point.x.dtype).eps * float(memory["steepest"])
-        return Status.CONVERGED if not known else Status.PRECISION if steepest <= level else None
+        if known:
+            return Status.PRECISION if steepest <= level else None
+        return None if model.natural else Status.CONVERGED
     before = float(memory["promised"]) if "promised" in memory else math.inf
     memory["promised"] = scalar(model.predicted)
     # Where the least value is 0 there is no |f| to hold the promise against. Then more digits are asked for, and while
     # the promise falls fast the next step, which is worth it, is waited for: a start that is far away would otherwise
     # make any end look near.
-    digits = 1.5 if model.predicted > 1e-3 * before else 2.0
+    digits = 1.5 if model.predicted > 0.1 * before else 2.0
     if model.predicted <= max(rtol * min(gained, abs(point.value)), rtol**digits * gained):
         return Status.CONVERGED
     if model.predicted <= ROUNDING * torch.finfo(point.x.dtype).eps * abs(point.value):

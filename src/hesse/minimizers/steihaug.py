@@ -100,7 +100,8 @@ class Steihaug(Path):
             if radius is not None and float(corners[-1].norm()) > radius:
                 break
             p = -r + rr / before * p
-        super().__init__(g, corners, products, ray, lowest)
+        # Positive curvature on the path says nothing of the directions beside it.
+        super().__init__(g, corners, products, ray, lowest if lowest <= 0 else math.nan)
 
 
 class Dogleg(Path):
