@@ -34,12 +34,10 @@ class Round(NamedTuple):
     """Elements that can be read off together.
 
     Args:
-        elements: of the lower triangle, by number.
         own: the place [k * n] in the products where each stands alone now.
         other: the place where it still hides others.
     """
 
-    elements: Tensor
     own: Tensor
     other: Tensor
 
@@ -51,8 +49,8 @@ class CompressedHessian:
     Args:
         pattern: where it may be other than zero.
         colours: [n]; columns of one colour are multiplied together.
-        rounds: in which the elements below the diagonal are read off.
-        gather: [nnz], for each element of the pattern its number: 0 .. n - 1 for the diagonal, then the lower triangle.
+        rounds: of substitution, until the last elements stand alone.
+        places: [nnz], for each element of the pattern where in the products it stands alone in the end.
         probe: [n], random numbers.
 
     Example:
@@ -72,7 +70,7 @@ class CompressedHessian:
     pattern: Pattern
     colours: Tensor
     rounds: tuple[Round, ...]
-    gather: Tensor
+    places: Tensor
     probe: Tensor
 
     @classmethod
@@ -105,13 +103,17 @@ class CompressedHessian:
         lower = np.flatnonzero(pattern.rows > pattern.indices)
         keys = pattern.rows[lower] * pattern.n + pattern.indices[lower]
         high, low = np.maximum(pattern.rows, pattern.indices), np.minimum(pattern.rows, pattern.indices)
-        gather = np.where(high == low, high, pattern.n + np.searchsorted(keys, high * pattern.n + low))
+        alone = np.empty(lower.size + 1, dtype=np.int64)  # the last is for the diagonal to point at
+        for elements, own, _ in rounds:
+            alone[elements] = own
+        below = alone[np.searchsorted(keys, high * pattern.n + low)]
+        places = np.where(high == low, colours[high] * pattern.n + high, below)
         put = torch.device("cpu") if device is None else device
         return cls(
             pattern,
             torch.from_numpy(colours).to(put),
-            tuple(Round(*(torch.from_numpy(part).to(put) for part in r)) for r in rounds),
-            torch.from_numpy(gather).to(put),
+            tuple(Round(torch.from_numpy(own).to(put), torch.from_numpy(other).to(put)) for _, own, other in rounds[:-1]),
+            torch.from_numpy(places).to(put),
             torch.randn(pattern.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(put),
         )
 
@@ -130,17 +132,12 @@ class CompressedHessian:
         Raises:
             DerivativeError: torch has no second derivative of an operation.
         """
-        n = self.pattern.n
-        seeds = x.new_zeros(self.products, n)
-        seeds[self.colours, torch.arange(n, device=x.device)] = 1
+        seeds = (self.colours == torch.arange(self.products, device=x.device)[:, None]).to(x.dtype)
         sums = products(gradient, x, seeds.mT).mT.reshape(-1)
-        values = sums.new_empty(n + (self.pattern.nnz - n) // 2)
-        values[:n] = sums[self.colours * n + torch.arange(n, device=x.device)]
-        for i, (elements, own, other) in enumerate(self.rounds):
-            values[n + elements] = sums[own]
-            if i + 1 < len(self.rounds):
-                sums.index_add_(0, other, -values[n + elements])
-        return SparseMatrix(self.pattern, values[self.gather])
+        # A place where an element stands alone is never subtracted from again: all are read at the end.
+        for own, other in self.rounds:
+            sums.index_add_(0, other, -sums.index_select(0, own))
+        return SparseMatrix(self.pattern, sums.index_select(0, self.places))
 
     def holds(self, matrix: SparseMatrix, gradient: Tensor, x: Tensor) -> bool:
         """Whether the pattern is still that of the Hessian at x: one product with a probe, against the matrix.
@@ -149,10 +146,13 @@ class CompressedHessian:
         them all. What is not finite agrees: it is the function's, not the pattern's.
         """
         probe = self.probe.to(x)
-        exact, found = product(gradient, x, probe), matrix @ probe
+        exact = product(gradient, x, probe)
         # Row by row, so that small curvature counts beside large; but cancellation in the large may leave noise in the
         # small.
-        scale = SparseMatrix(self.pattern, matrix.data.abs()) @ probe.abs()
+        rows, columns = (torch.from_numpy(part).to(x.device) for part in (self.pattern.rows, self.pattern.indices))
+        parts = matrix.data * probe.index_select(0, columns)
+        found = torch.zeros_like(probe).index_add_(0, rows, parts)
+        scale = torch.zeros_like(probe).index_add_(0, rows, parts.abs())
         eps = torch.finfo(x.dtype).eps
         limit = eps**0.5 * scale + eps**0.75 * scale.amax() if scale.numel() else scale
         return not bool(((exact - found).abs() > limit).any())
