@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
 from torch.nn.utils.parametrizations import weight_norm
 
 from flat_functions import FLAT, Flat, chained_rosenbrock, network
@@ -27,6 +28,33 @@ def test_the_hessian_is_torchs_own(name: str) -> None:
     V = torch.randn(case.n, 3, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(products(gradient, point, V), expected @ V, rtol=ALGEBRA["rtol"], atol=30 * atol)
     torch.testing.assert_close(product(gradient, point, V[:, 0]), expected @ V[:, 0], rtol=1e-10, atol=30 * atol)
+
+
+A = torch.randn(70, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+ENTERED = {  # functions of A x, and whether they take its elements one by one
+    "logistic": (lambda x: softplus(A @ x).mean(), True),
+    "logistic, from a row": (lambda x: softplus((A @ x.view(1, -1).view(-1)).view(7, 10)).sum(), True),
+    "least squares": (lambda x: (A @ x - 1).square().sum(), True),
+    "chained": (lambda x: (lambda z: softplus(z).mean() + (z[1:] * z[:-1]).sum())(A @ x), False),
+    "one pair": (lambda x: (lambda z: softplus(z).sum() + 1e-6 * z[3] * z[40])(A @ x), False),
+    "log of a sum": (lambda x: (A @ x).logsumexp(0), False),
+    "x twice": (lambda x: softplus(A @ x).mean() + x @ x, False),
+    "two matrices": (lambda x: softplus(A @ x).mean() + (A[:20] @ x).sin().sum(), False),
+    "squares of x": (lambda x: softplus(A @ x**2).mean(), False),
+}
+
+
+@pytest.mark.parametrize("name", ENTERED)
+def test_a_constant_matrix_that_x_enters_by_is_taken_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fun, alone = ENTERED[name]
+    blocks: list[int] = []
+    rows = dense._rows
+    monkeypatch.setattr(dense, "_rows", lambda g, x, seeds: blocks.append(len(seeds)) or rows(g, x, seeds))
+    monkeypatch.setattr(dense, "CACHE", 9 * 8 * 16)  # 16 rows of A at once
+    gradient, point = Flat(fun, 9).gradient(torch.linspace(-1, 1, 9, dtype=torch.float64))
+    expected = torch.func.hessian(fun)(point.detach())
+    torch.testing.assert_close(dense_hessian(gradient, point), expected, rtol=1e-12, atol=1e-13 * float(expected.max()))
+    assert bool(blocks) is not alone
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 24, 100])
@@ -117,6 +145,15 @@ def test_a_function_that_is_once_differentiable_is_refused() -> None:
     gradient, point = Flat(lambda x: Once.apply(x).square().sum(), 4).gradient(torch.ones(4, dtype=torch.float64))
     with pytest.raises(DerivativeError, match=r"once_differentiable.*bfgs"):
         dense_hessian(gradient, point)
+
+
+def test_it_is_refused_too_behind_a_matrix_beside_what_is_differentiable() -> None:
+    def fun(x: Tensor) -> Tensor:
+        z = A @ x
+        return softplus(z).sum() + Once.apply(z).square().sum()
+
+    with pytest.raises(DerivativeError, match="once_differentiable"):
+        dense_hessian(*Flat(fun, 9).gradient(torch.ones(9, dtype=torch.float64)))
 
 
 def test_a_missing_second_derivative_says_what_to_use() -> None:

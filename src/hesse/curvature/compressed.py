@@ -112,7 +112,9 @@ class CompressedHessian:
         return cls(
             pattern,
             torch.from_numpy(colours).to(put),
-            tuple(Round(torch.from_numpy(own).to(put), torch.from_numpy(other).to(put)) for _, own, other in rounds[:-1]),
+            tuple(
+                Round(torch.from_numpy(own).to(put), torch.from_numpy(other).to(put)) for _, own, other in rounds[:-1]
+            ),
             torch.from_numpy(places).to(put),
             torch.randn(pattern.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(put),
         )
@@ -151,8 +153,8 @@ class CompressedHessian:
         # small.
         rows, columns = (torch.from_numpy(part).to(x.device) for part in (self.pattern.rows, self.pattern.indices))
         parts = matrix.data * probe.index_select(0, columns)
-        found = torch.zeros_like(probe).index_add_(0, rows, parts)
-        scale = torch.zeros_like(probe).index_add_(0, rows, parts.abs())
+        found = torch.zeros_like(probe).scatter_add_(0, rows, parts)
+        scale = torch.zeros_like(probe).scatter_add_(0, rows, parts.abs())
         eps = torch.finfo(x.dtype).eps
         limit = eps**0.5 * scale + eps**0.75 * scale.amax() if scale.numel() else scale
         return not bool(((exact - found).abs() > limit).any())

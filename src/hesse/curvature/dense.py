@@ -24,9 +24,9 @@ from hesse.curvature.culprit import DerivativeError, operation
 __all__ = ["dense_hessian", "product", "products"]
 
 # What a block of rows may hold, in its widest tensor. On a CPU the time of a row is least where that is about as large
-# as the cache of a core (a tanh network of 1000 parameters, milliseconds for all rows: 121 at 0.3 MB, 78 at 1.3 MB, 129
-# at 4 MB, 150 at 17 MB); elsewhere only memory limits it.
-CACHE = 1_250_000
+# as the cache of a core (a tanh network of 1000 parameters, milliseconds for all rows: 235 at 0.6 MB, 179 at 1.2 MB,
+# 162 at 1.8 to 2.4 MB, 222 at 7 MB); elsewhere only memory limits it.
+CACHE = 2_000_000
 MEMORY = 1 << 28
 # Nodes that leave the elements of a vector in their order.
 SAME_ORDER = ("AccumulateGrad", "AliasBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0")
@@ -142,7 +142,7 @@ def _rows(gradient: Tensor, x: Tensor, weights: Tensor) -> Tensor:
     return torch.stack([_row(gradient, x, v) for v in weights])
 
 
-def _row(gradient: Tensor, x: Tensor, v: Tensor) -> Tensor:
+def _row(gradient: Tensor | GradientEdge, x: Tensor | GradientEdge, v: Tensor) -> Tensor:
     try:
         (row,) = torch.autograd.grad(gradient, x, v, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
@@ -156,12 +156,22 @@ def _row(gradient: Tensor, x: Tensor, v: Tensor) -> Tensor:
 
 
 def _users(gradient: Tensor) -> dict[Node, list[Node]]:
-    """The nodes of the graph behind the gradient, each with those that take what it made."""
+    """The nodes of the graph behind the gradient, each with those that take what it made.
+
+    Raises:
+        DerivativeError: it ends in a function that has no second derivative.
+    """
     assert gradient.grad_fn is not None
     users: dict[Node, list[Node]] = {gradient.grad_fn: []}
     stack = [gradient.grad_fn]
     while stack:
         node = stack.pop()
+        if type(node).__name__ == "Error":  # it raises when it is run, but a backward pass to x does not reach it
+            raise DerivativeError(
+                "a custom autograd.Function in the function is marked once_differentiable, so that it has no second "
+                "derivative. Remove the mark if its backward is made of differentiable operations, or use a method "
+                "that needs gradients only (method='bfgs', 'l-bfgs-b')."
+            )
         for parent, _ in node.next_functions:
             if parent is None:
                 continue
@@ -176,12 +186,6 @@ def _rows_at_once(gradient: Tensor, users: dict[Node, list[Node]]) -> int:
     """How many rows may be formed at once, by the widest tensor between x and its gradient."""
     widest = gradient.numel()
     for node in users:
-        if type(node).__name__ == "Error":  # it raises when it is run, but a backward pass to x does not reach it
-            raise DerivativeError(
-                "a custom autograd.Function in the function is marked once_differentiable, so that it has no second "
-                "derivative. Remove the mark if its backward is made of differentiable operations, or use a method "
-                "that needs gradients only (method='bfgs', 'l-bfgs-b')."
-            )
         widest = max([widest, *(prod(part.shape) for part in node._input_metadata)])
     row = widest * gradient.element_size()
     if gradient.device.type == "cpu":
@@ -200,11 +204,14 @@ def _through_matrix(gradient: Tensor, x: Tensor, users: dict[Node, list[Node]]) 
         last = last.next_functions[0][0]
     if first is None or last is None or last is first or not _by_matrix(last):
         return None
+    behind, place = last.next_functions[1]
     left, right = last._saved_self, first._saved_self  # type: ignore[attr-defined]
+    if behind is None or left.shape != right.mT.shape:
+        return None
     m, n, eps = len(right), x.numel(), torch.finfo(x.dtype).eps
     probe = torch.rand(m, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x) + 0.5
-    inner, z = GradientEdge(*last.next_functions[1]), GradientEdge(first, 0)
-    D, probed = (torch.autograd.grad(inner, z, v, retain_graph=True)[0] for v in (torch.ones_like(probe), probe))
+    inner, z = GradientEdge(behind, place), GradientEdge(first, 0)
+    D, probed = (_row(inner, z, v) for v in (torch.ones_like(probe), probe))
     if bool(((probed - D * probe).abs() > eps**0.75 * D.abs() + eps * D.abs().amax()).any()):
         return None
     hessian = x.new_zeros(n, n)

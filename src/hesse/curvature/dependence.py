@@ -234,11 +234,16 @@ def _multiplied(sets: IndexSets, left: Tensor, right: Tensor, ids: Ids) -> Tenso
     column = b[:, None] if right.ndim == 1 else b
     row = a[None] if left.ndim == 1 else a
     shape = left.shape[:-1] + (right.shape[-1:] if right.ndim > 1 else ())
-    if left.ndim == 2 and not a.any():
+    if left.ndim == 2 and not _any(a):
         return _constant(sets, left, column).reshape(shape)
-    if right.ndim == 2 and not b.any():
+    if right.ndim == 2 and not _any(b):
         return _constant(sets, right.mT, row.mT).mT.reshape(shape)
     return _both(sets, _united(sets, row, [row.ndim - 1]), _united(sets, column, [column.ndim - 2])).reshape(shape)
+
+
+def _any(ids: Tensor) -> bool:
+    """Whether anything depends on x; the numbers of a constant, however large, are one zero expanded."""
+    return ids.numel() > 0 and bool(ids.any() if any(ids.stride()) else ids[(0,) * ids.ndim])
 
 
 def _constant(sets: IndexSets, matrix: Tensor, columns: Tensor) -> Tensor:
@@ -262,7 +267,7 @@ def _convolve(sets: IndexSets, func: Any, given: Any, outputs: list[Tensor], out
     """A product of the kernel, as a matrix, with the windows; or of its transpose, back from the outputs."""
     numbers, weight = ids(given["input"]), given["weight"]
     back = "grad_output" in given
-    simple = not given["transposed"] and given["groups"] == 1 and numbers.ndim in (3, 4) and not ids(weight).any()
+    simple = not given["transposed"] and given["groups"] == 1 and numbers.ndim in (3, 4) and not _any(ids(weight))
     if not simple or (back and given["output_mask"][1:] != [False, False]):
         return []
     kernel = weight.detach().cpu().reshape(len(weight), -1)

@@ -110,7 +110,7 @@ class _Tracer(TorchDispatchMode):
         """The numbers of a tensor's elements, in its shape."""
         entry = self.held.get(_storage(t))
         if entry is None:
-            return torch.zeros(t.shape, dtype=torch.int64)
+            return torch.zeros((), dtype=torch.int64).expand(t.shape)
         _, numbers, size = entry
         if size == t.element_size():
             return numbers.as_strided(t.shape, t.stride(), t.storage_offset())
