@@ -112,7 +112,9 @@ class CompressedHessian:
         return cls(
             pattern,
             torch.from_numpy(colours).to(put),
-            tuple(Round(torch.from_numpy(own).to(put), torch.from_numpy(other).to(put)) for _, own, other in rounds[:-1]),
+            tuple(
+                Round(torch.from_numpy(own).to(put), torch.from_numpy(other).to(put)) for _, own, other in rounds[:-1]
+            ),
             torch.from_numpy(places).to(put),
             torch.randn(pattern.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(put),
         )

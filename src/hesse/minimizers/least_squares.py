@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesse.minimizers.border import Arrays, Border, border_of
-from hesse.minimizers.bounds import bounds_of, project
-from hesse.minimizers.fitting import Fit, FitPoint, GaussNewton
-from hesse.minimizers.function import Point
-from hesse.minimizers.linearised import Linear
+from hesse.minimizers.fits.gauss_newton import Fit, FitPoint, GaussNewton
+from hesse.minimizers.fits.linearised import Linear
+from hesse.minimizers.fits.residuals import ArrayResiduals, TorchResiduals
+from hesse.minimizers.fits.robust import loss_of
+from hesse.minimizers.functions.border import Arrays, Border, border_of
+from hesse.minimizers.functions.bounds import bounds_of, project
+from hesse.minimizers.functions.function import Point
 from hesse.minimizers.method import Method
-from hesse.minimizers.regions import NOISE, TrustRegion
-from hesse.minimizers.residuals import ArrayResiduals, TorchResiduals
 from hesse.minimizers.result import MinimizeError, Result, Status, brief
-from hesse.minimizers.robust import loss_of
+from hesse.minimizers.searches.regions import NOISE, TrustRegion
 from hesse.minimizers.solve import solve
 from hesse.minimizers.state import State
 
@@ -96,7 +96,7 @@ def least_squares(
         method: "lm" (Levenberg and Marquardt), "dogleg", or "auto": "lm" with second derivatives by autodiff where
             Gauss-Newton's model proves wrong about residuals that remain.
         loss: "linear", "huber", "soft_l1", "cauchy", "arctan" (rho as in SciPy), or a function of z = (r / C)^2 (see
-            :func:`hesse.minimizers.robust.loss_of`).
+            :func:`hesse.minimizers.fits.robust.loss_of`).
         f_scale: C, the size from which on a residual counts as an outlier.
         x_scale: the size of a change of x that matters, a number or shaped as x: lengths are those of x / x_scale.
             "jac" takes it from the columns of J.

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesse.minimizers.autodiff import Autodiff
 from hesse.minimizers.batched import minimize_rows
-from hesse.minimizers.border import Border, border_of
-from hesse.minimizers.bounds import bounds_of, project
 from hesse.minimizers.choice import choose
-from hesse.minimizers.foreign import Foreign, ForeignBorder, foreign_border, language_of
-from hesse.minimizers.function import Function, Point, Source
+from hesse.minimizers.descents.quasi_newton import inverse_product
+from hesse.minimizers.functions.autodiff import Autodiff
+from hesse.minimizers.functions.border import Border, border_of
+from hesse.minimizers.functions.bounds import bounds_of, project
+from hesse.minimizers.functions.foreign import Foreign, ForeignBorder, foreign_border, language_of
+from hesse.minimizers.functions.function import Function, Point, Source
+from hesse.minimizers.functions.numeric import Numeric
 from hesse.minimizers.least_squares import least_squares
 from hesse.minimizers.method import Method
-from hesse.minimizers.numeric import Numeric
-from hesse.minimizers.quasi_newton import inverse_product
 from hesse.minimizers.result import MinimizeError, Result, Status
 from hesse.minimizers.solve import solve
 from hesse.minimizers.state import State

@@ -20,9 +20,9 @@ from collections.abc import Callable
 import torch
 
 from hesse.minimizers.diagnosis import diagnose
-from hesse.minimizers.function import Function, Point
+from hesse.minimizers.functions.function import Function, Point
 from hesse.minimizers.method import ROUNDING, Advance, Method
-from hesse.minimizers.models import Model
+from hesse.minimizers.models.dense import Model
 from hesse.minimizers.result import Row, Status
 from hesse.minimizers.saddle import leave
 from hesse.minimizers.state import State, scalar

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hesse.files import atomic_path
-from hesse.minimizers.border import Border, described
-from hesse.minimizers.foreign import ForeignBorder, language
+from hesse.minimizers.functions.border import Border, described
+from hesse.minimizers.functions.foreign import ForeignBorder, language
 from hesse.minimizers.result import Row, Trace
 from hesse.tree import Layout, Params
 
