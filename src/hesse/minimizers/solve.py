@@ -50,6 +50,9 @@ def solve(
         whatever the user's function raises, KeyboardInterrupt excepted.
     """
     memory, trace = state.memory, state.trace
+    if len(trace):  # going on: evaluations are counted on
+        c, last = function.counts, trace[-1]
+        c.nfev, c.njev, c.nhev, c.nhvp = last.nfev, last.njev, last.nhev, last.nhvp
     point = function.at(memory["x"])
     try:
         if not point.finite():

@@ -42,6 +42,10 @@ class State:
         """x, of the kind that the solve was started with."""
         return self.border.outside(self.memory["x"])
 
+    def copy(self, method: str) -> State:
+        """The same for a solve that goes on from here, so that this one can be gone on from again."""
+        return State(method, self.border, dict(self.memory), Trace(list(self.trace.rows)))
+
     def save(self, path: str | Path) -> None:
         """Write the state as one safetensors file, whole or not at all.
 
