@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesse.minimizers.autodiff import Autodiff
-from hesse.minimizers.border import border_of
-from hesse.minimizers.bounded import ProjectedCG, ProjectedLBFGS
-from hesse.minimizers.function import Function, Point
+from hesse.minimizers.descents.bounded import ProjectedCG, ProjectedLBFGS
+from hesse.minimizers.descents.proximal import Proximal
+from hesse.minimizers.functions.autodiff import Autodiff
+from hesse.minimizers.functions.border import border_of
+from hesse.minimizers.functions.function import Function, Point
 from hesse.minimizers.method import Descent, Method
-from hesse.minimizers.proximal import Proximal
-from hesse.minimizers.regions import TrustRegion
 from hesse.minimizers.result import Status
+from hesse.minimizers.searches.regions import TrustRegion
 from hesse.minimizers.solve import solve
 from hesse.minimizers.state import State
 

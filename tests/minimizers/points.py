@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hesse.minimizers.autodiff import Autodiff
-from hesse.minimizers.border import border_of
-from hesse.minimizers.function import Function, Point
+from hesse.minimizers.functions.autodiff import Autodiff
+from hesse.minimizers.functions.border import border_of
+from hesse.minimizers.functions.function import Function, Point
 
 Fun = Callable[[Tensor], Tensor]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hesse.minimizers.batched import minimize_rows, regions
+from hesse.minimizers.models.secular import trust_region
 from hesse.minimizers.result import Status
-from hesse.minimizers.secular import trust_region
 
 
 def draw(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from hesse.minimizers.descents import Exact
+from hesse.minimizers.descents.newton import Exact
+from hesse.minimizers.descents.quasi_newton import Direction
 from hesse.minimizers.diagnosis import diagnose
-from hesse.minimizers.quasi_newton import Direction
 from hesse.minimizers.result import Status
 from minimizers.points import Fun, point, rosenbrock, vector
 

@@ -15,14 +15,14 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from hesse.minimizers.border import border_of
-from hesse.minimizers.boxed import Boxed
+from hesse.minimizers.fits.boxed import Boxed
+from hesse.minimizers.fits.linearised import Curved, Linear, bidiagonal
+from hesse.minimizers.fits.residuals import TorchResiduals
+from hesse.minimizers.fits.robust import loss_of
+from hesse.minimizers.functions.border import border_of
 from hesse.minimizers.least_squares import least_squares
-from hesse.minimizers.linearised import Curved, Linear, bidiagonal
-from hesse.minimizers.models import Dense
-from hesse.minimizers.residuals import TorchResiduals
+from hesse.minimizers.models.dense import Dense
 from hesse.minimizers.result import MinimizeError, Status
-from hesse.minimizers.robust import loss_of
 from hesse.minimizers.state import State
 from tolerances import ALGEBRA
 

@@ -42,7 +42,8 @@ def minimize(
     rtol: Annotated[float | None, typer.Option(help="Share of the decrease that may be left to gain.")] = None,
     atol: Annotated[float, typer.Option(min=0, help="Stop where no element of the gradient is larger.")] = 0.0,
     max_steps: Annotated[
-        int | None, typer.Option(min=0, help="Most iterations, those before --resume included: 1000, or ten a variable.")
+        int | None,
+        typer.Option(min=0, help="Most iterations, those before --resume included: 1000, or ten a variable."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float64 (the default) or float32.")] = None,
     arrays: Annotated[bool, typer.Option("--numpy", help="The function takes NumPy arrays, not tensors.")] = False,

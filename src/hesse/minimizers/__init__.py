@@ -5,15 +5,15 @@ arrays.
 public, so that a method can be put together that has no name: ``Method("mine", Gradient(), Fixed(0.1))``.
 """
 
-from hesse.minimizers.descents import Exact, Products, Truncated
+from hesse.minimizers.descents.newton import Exact, Products, Truncated
+from hesse.minimizers.descents.quasi_newton import BFGS, LBFGS, Gradient
 from hesse.minimizers.implicit import argmin
 from hesse.minimizers.least_squares import LeastSquaresResult, least_squares
-from hesse.minimizers.line_search import Armijo, Fixed, Wolfe
 from hesse.minimizers.method import Method
 from hesse.minimizers.minimize import minimize
-from hesse.minimizers.quasi_newton import BFGS, LBFGS, Gradient
-from hesse.minimizers.regions import Cubic, TrustRegion
 from hesse.minimizers.result import MinimizeError, Result, Row, Status, Trace
+from hesse.minimizers.searches.line_search import Armijo, Fixed, Wolfe
+from hesse.minimizers.searches.regions import Cubic, TrustRegion
 from hesse.minimizers.state import State
 
 __all__ = [

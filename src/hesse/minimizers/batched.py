@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from hesse.minimizers.method import ROUNDING
-from hesse.minimizers.regions import ENOUGH, GOOD, MOST_TRIALS, NOISE, POOR
 from hesse.minimizers.result import Status
 from hesse.minimizers.rows import Batch, Rows
+from hesse.minimizers.searches.regions import ENOUGH, GOOD, MOST_TRIALS, NOISE, POOR
 from hesse.minimizers.solve import FAR
 
 __all__ = ["BatchResult", "minimize_rows", "regions"]

@@ -6,14 +6,14 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from hesse.minimizers.autodiff import Autodiff
-from hesse.minimizers.bounded import ProjectedCG, ProjectedLBFGS
-from hesse.minimizers.function import Function
+from hesse.minimizers.descents.bounded import ProjectedCG, ProjectedLBFGS
+from hesse.minimizers.descents.proximal import Proximal
+from hesse.minimizers.functions.autodiff import Autodiff
+from hesse.minimizers.functions.function import Function
+from hesse.minimizers.functions.numeric import Numeric
 from hesse.minimizers.method import Method
 from hesse.minimizers.methods import GRADIENT, METHODS
-from hesse.minimizers.numeric import Numeric
-from hesse.minimizers.proximal import Proximal
-from hesse.minimizers.regions import TrustRegion
+from hesse.minimizers.searches.regions import TrustRegion
 
 __all__ = ["choose"]
 

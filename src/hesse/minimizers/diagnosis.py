@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from hesse.minimizers.function import Point
-from hesse.minimizers.models import Model
-from hesse.minimizers.noise import noise
+from hesse.minimizers.functions.function import Point
+from hesse.minimizers.functions.noise import noise
+from hesse.minimizers.models.dense import Model
 from hesse.minimizers.result import Status
 
 __all__ = ["diagnose"]

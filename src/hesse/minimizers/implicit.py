@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from hesse.curvature.dense import dense_hessian, products
 from hesse.linalg import LinearOperator, solve
-from hesse.minimizers.border import Border, border_of
+from hesse.minimizers.functions.border import Border, border_of
 
 __all__ = ["argmin"]
 

@@ -8,26 +8,25 @@ residuals that remain make Gauss-Newton slow, and before it claims a minimum.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hesse.minimizers.border import Arrays, Border, border_of
-from hesse.minimizers.bounds import bounds_of, project
-from hesse.minimizers.fitting import Fit, FitPoint, GaussNewton
-from hesse.minimizers.function import Point
-from hesse.minimizers.linearised import Linear
+from hesse.minimizers.callback import told
+from hesse.minimizers.fits.gauss_newton import Fit, FitPoint, GaussNewton
+from hesse.minimizers.fits.linearised import Linear
+from hesse.minimizers.fits.residuals import ArrayResiduals, TorchResiduals
+from hesse.minimizers.fits.robust import loss_of
+from hesse.minimizers.functions.border import Arrays, Border, border_of
+from hesse.minimizers.functions.bounds import bounds_of, project
 from hesse.minimizers.method import Method
-from hesse.minimizers.regions import NOISE, TrustRegion
-from hesse.minimizers.residuals import ArrayResiduals, TorchResiduals
 from hesse.minimizers.result import MinimizeError, Result, Status, brief
-from hesse.minimizers.robust import loss_of
+from hesse.minimizers.searches.regions import NOISE, TrustRegion
 from hesse.minimizers.solve import solve
 from hesse.minimizers.state import State
 
@@ -96,7 +95,7 @@ def least_squares(
         method: "lm" (Levenberg and Marquardt), "dogleg", or "auto": "lm" with second derivatives by autodiff where
             Gauss-Newton's model proves wrong about residuals that remain.
         loss: "linear", "huber", "soft_l1", "cauchy", "arctan" (rho as in SciPy), or a function of z = (r / C)^2 (see
-            :func:`hesse.minimizers.robust.loss_of`).
+            :func:`hesse.minimizers.fits.robust.loss_of`).
         f_scale: C, the size from which on a residual counts as an outlier.
         x_scale: the size of a change of x that matters, a number or shaped as x: lengths are those of x / x_scale.
             "jac" takes it from the columns of J.
@@ -157,26 +156,19 @@ def least_squares(
     fit.counts = source.counts
     second = method == "auto" and isinstance(source, TorchResiduals) and jac is None
     descent = GaussNewton(_scale(x_scale, border), second=second, dogleg=method == "dogleg", rtol=rtol, atol=atol)
-    if given is None:
-        state = State(method, border, {"x": project(border.x0, box)})
-    else:
-        state = State(method, border, dict(given.memory), replace(given.trace, rows=list(given.trace.rows)))
-        if len(state.trace):
-            c, last = fit.counts, state.trace[-1]
-            c.nfev, c.njev, c.nhev, c.nhvp = last.nfev, last.njev, last.nhev, last.nhvp
+    state = State(method, border, {"x": project(border.x0, box)}) if given is None else given.copy(method)
 
-    def tell(state: State, point: Point) -> None:
-        assert callback is not None and isinstance(point, FitPoint)
-        result = _result(point, Status.MAX_STEPS, state)
-        if whole:
-            callback(intermediate_result=result)
-        else:
-            callback(result.x)
+    def report(point: FitPoint, status: Status) -> LeastSquaresResult:
+        return _result(point, status, state)
 
-    told = None if callback is None else tell
-    whole = callback is not None and "intermediate_result" in inspect.signature(callback).parameters
     point, status = solve(
-        fit, Method(method, descent, TrustRegion()), state, rtol=rtol, atol=atol, max_steps=max_steps, callback=told
+        fit,
+        Method(method, descent, TrustRegion()),
+        state,
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        callback=told(callback, report),
     )
     assert isinstance(point, FitPoint)
     if status in (Status.KINK, Status.STALLED, Status.WRONG_GRADIENT) and _within_rounding(point):

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from hesse.minimizers.function import Point
-from hesse.minimizers.models import Model
+from hesse.minimizers.functions.function import Point
+from hesse.minimizers.models.dense import Model
 from hesse.tree import Params
 
 __all__ = ["ROUNDING", "Advance", "Descent", "Method", "Search"]

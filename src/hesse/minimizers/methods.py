@@ -5,11 +5,11 @@ A method is a search times a descent; under the names that SciPy has for them, e
 
 from __future__ import annotations
 
-from hesse.minimizers.descents import Bent, Exact, Mended, Products, Truncated
-from hesse.minimizers.line_search import Armijo, Wolfe
+from hesse.minimizers.descents.newton import Bent, Exact, Mended, Products, Truncated
+from hesse.minimizers.descents.quasi_newton import BFGS, LBFGS, Gradient
 from hesse.minimizers.method import Method
-from hesse.minimizers.quasi_newton import BFGS, LBFGS, Gradient
-from hesse.minimizers.regions import Cubic, TrustRegion
+from hesse.minimizers.searches.line_search import Armijo, Wolfe
+from hesse.minimizers.searches.regions import Cubic, TrustRegion
 
 __all__ = ["GRADIENT", "METHODS"]
 

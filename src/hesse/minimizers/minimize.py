@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hesse.minimizers.autodiff import Autodiff
 from hesse.minimizers.batched import minimize_rows
-from hesse.minimizers.border import Border, border_of
-from hesse.minimizers.bounds import bounds_of, project
+from hesse.minimizers.callback import told
 from hesse.minimizers.choice import choose
-from hesse.minimizers.foreign import Foreign, ForeignBorder, foreign_border, language_of
-from hesse.minimizers.function import Function, Point, Source
+from hesse.minimizers.descents.quasi_newton import inverse_product
+from hesse.minimizers.functions.autodiff import Autodiff
+from hesse.minimizers.functions.border import Border, border_of
+from hesse.minimizers.functions.bounds import bounds_of, project
+from hesse.minimizers.functions.foreign import Foreign, ForeignBorder, foreign_border, language_of
+from hesse.minimizers.functions.function import Function, Point, Source
+from hesse.minimizers.functions.numeric import Numeric
 from hesse.minimizers.least_squares import least_squares
 from hesse.minimizers.method import Method
-from hesse.minimizers.numeric import Numeric
-from hesse.minimizers.quasi_newton import inverse_product
 from hesse.minimizers.result import MinimizeError, Result, Status
 from hesse.minimizers.solve import solve
 from hesse.minimizers.state import State
@@ -99,7 +98,7 @@ def minimize(
         >>> def rosenbrock(x):
         ...     return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
         >>> result = minimize(rosenbrock, torch.tensor([-1.2, 1.0], dtype=torch.float64))
-        >>> result.success, result.x
+        >>> result.success, result.x.round(decimals=6)
         (True, tensor([1., 1.], dtype=torch.float64))
     """
     _refuse_settings(rtol, atol, max_steps, l1, l2, callback)
@@ -138,14 +137,7 @@ def minimize(
     )
     x = project(x, box)
     found, why = choose(method if state is None or method != "auto" else state.method, function, x)
-    if state is None:
-        state = State(found.name, border, {"x": x})
-    else:
-        state = State(found.name, border, dict(state.memory), replace(state.trace, rows=list(state.trace.rows)))
-        if len(state.trace):
-            last = state.trace[-1]
-            c = function.counts
-            c.nfev, c.njev, c.nhev, c.nhvp = last.nfev, last.njev, last.nhev, last.nhvp
+    state = State(found.name, border, {"x": x}) if state is None else state.copy(found.name)
     if check:
         check_gradient(function, x)
     tolerance = rtol if rtol is not None else (1e-12 if x.dtype == torch.float64 else 1e-6)
@@ -154,8 +146,9 @@ def minimize(
     def report(point: Point, status: Status) -> Result:
         return _result(point, status, state, found, why)
 
-    told = None if callback is None else _told(callback, report)
-    point, status = solve(function, found, state, rtol=tolerance, atol=atol, max_steps=limit, callback=told)
+    point, status = solve(
+        function, found, state, rtol=tolerance, atol=atol, max_steps=limit, callback=told(callback, report)
+    )
     result = report(point, status)
     if throw and not result.success:
         raise MinimizeError(result)
@@ -251,23 +244,6 @@ def _pair(fun: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., An
         return last[1]
 
     return (lambda x, *args: both(x, *args)[0]), (lambda x, *args: both(x, *args)[1])
-
-
-def _told(callback: Callable[..., Any], report: Callable[[Point, Status], Result]) -> Callable[[State, Point], None]:
-    """The callback in SciPy's two signatures."""
-    try:
-        whole = "intermediate_result" in inspect.signature(callback).parameters
-    except (TypeError, ValueError):  # builtins have no signature
-        whole = False
-
-    def tell(state: State, point: Point) -> None:
-        result = report(point, Status.MAX_STEPS)
-        if whole:
-            callback(intermediate_result=result)
-        else:
-            callback(result.x)
-
-    return tell
 
 
 def _refuse(why: str, **given: Any) -> None:

@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from hesse.minimizers.bounds import project
-from hesse.minimizers.function import Point
-from hesse.minimizers.krylov import Lanczos
+from hesse.minimizers.functions.bounds import project
+from hesse.minimizers.functions.function import Point
 from hesse.minimizers.method import Advance
+from hesse.minimizers.models.krylov import Lanczos
 from hesse.minimizers.result import Status
 
 __all__ = ["leave", "lowest"]

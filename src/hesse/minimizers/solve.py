@@ -20,9 +20,9 @@ from collections.abc import Callable
 import torch
 
 from hesse.minimizers.diagnosis import diagnose
-from hesse.minimizers.function import Function, Point
+from hesse.minimizers.functions.function import Function, Point
 from hesse.minimizers.method import ROUNDING, Advance, Method
-from hesse.minimizers.models import Model
+from hesse.minimizers.models.dense import Model
 from hesse.minimizers.result import Row, Status
 from hesse.minimizers.saddle import leave
 from hesse.minimizers.state import State, scalar
@@ -50,6 +50,9 @@ def solve(
         whatever the user's function raises, KeyboardInterrupt excepted.
     """
     memory, trace = state.memory, state.trace
+    if len(trace):  # going on: evaluations are counted on
+        c, last = function.counts, trace[-1]
+        c.nfev, c.njev, c.nhev, c.nhvp = last.nfev, last.njev, last.nhev, last.nhvp
     point = function.at(memory["x"])
     try:
         if not point.finite():

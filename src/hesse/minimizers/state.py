@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hesse.files import atomic_path
-from hesse.minimizers.border import Border, described
-from hesse.minimizers.foreign import ForeignBorder, language
+from hesse.minimizers.functions.border import Border, described
+from hesse.minimizers.functions.foreign import ForeignBorder, language
 from hesse.minimizers.result import Row, Trace
 from hesse.tree import Layout, Params
 
@@ -41,6 +41,10 @@ class State:
     def x(self) -> Any:
         """x, of the kind that the solve was started with."""
         return self.border.outside(self.memory["x"])
+
+    def copy(self, method: str) -> State:
+        """The same for a solve that goes on from here, so that this one can be gone on from again."""
+        return State(method, self.border, dict(self.memory), Trace(list(self.trace.rows)))
 
     def save(self, path: str | Path) -> None:
         """Write the state as one safetensors file, whole or not at all.

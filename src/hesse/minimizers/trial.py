@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesse.minimizers.function import Function
-from hesse.minimizers.noise import noise
+from hesse.minimizers.functions.function import Function
+from hesse.minimizers.functions.noise import noise
 
 __all__ = ["check_gradient"]
 

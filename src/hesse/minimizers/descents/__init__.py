@@ -1,0 +1,1 @@
+"""Descents: how the curvature is known."""

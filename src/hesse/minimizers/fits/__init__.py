@@ -1,0 +1,1 @@
+"""Sums of losses of residuals, and the models that know them."""

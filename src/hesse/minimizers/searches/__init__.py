@@ -1,0 +1,1 @@
+"""Searches: how far to go."""
