@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from hesse.minimizers import minimize
-from hesse.minimizers.autodiff import Autodiff
-from hesse.minimizers.border import border_of
-from hesse.minimizers.descents import COSTLY, Exact, Mended
-from hesse.minimizers.function import Function, Point
+from hesse.minimizers.descents.newton import COSTLY, Exact, Mended
+from hesse.minimizers.functions.autodiff import Autodiff
+from hesse.minimizers.functions.border import border_of
+from hesse.minimizers.functions.function import Function, Point
 from tolerances import ALGEBRA
 
 
