@@ -22,7 +22,7 @@ import torch
 from hesse.minimizers.diagnosis import diagnose
 from hesse.minimizers.functions.function import Function, Point
 from hesse.minimizers.method import ROUNDING, Advance, Method
-from hesse.minimizers.models.dense import Model
+from hesse.minimizers.models.dense import Dense, Model
 from hesse.minimizers.result import Row, Status
 from hesse.minimizers.saddle import leave
 from hesse.minimizers.state import State, scalar
@@ -72,6 +72,9 @@ def solve(
                 advance = method.search.advance(point, model, memory)
                 if advance.point is None and model.lowest < 0:  # a gradient of zero tells the search no way down
                     advance = leave(point, Status.SADDLE)[1]
+                if advance.point is None and isinstance(model, Dense) and model.lowest < 0 and point.steepest() > 0:
+                    model = model.flattened()  # the function does not fall along the curvature that seemed negative
+                    advance = method.search.advance(point, model, memory)
                 status = diagnose(point, model) if advance.point is None else None
             if status is not None and status.success and math.isnan(model.lowest):
                 status, advance = leave(point, status)

@@ -24,7 +24,7 @@ from hesse.tree import Params
 __all__ = ["Bent", "Exact", "Mended", "Products", "Truncated"]
 
 # A model is half true where the decrease differed from the promise by more than a little and less than half.
-HALF = (0.1, 0.5)
+HALF = (0.2, 0.5)
 COSTLY = 100  # variables above which a Hessian costs more than a step
 
 

@@ -123,6 +123,17 @@ class Dense:
             self._eigen = w.masked_fill(flat, 0.0), Q, c.masked_fill(flat, 0.0)
         return self._eigen
 
+    def flattened(self) -> Dense:
+        """The same where negative curvature counts as none, and slopes along it as rounding."""
+        w, Q, c = self.eigen
+        positive = w > 0
+        other = Dense(Q * (w * positive) @ Q.T, Q @ (c * positive), self.x)
+        other._eigen = w * positive, Q, c * positive
+        other.lowest, other.newton = 0.0, Q @ (-c / w.masked_fill(~positive, math.inf))
+        other.predicted = -0.5 * float(self.g @ other.newton)
+        other.dtype = self.dtype
+        return other
+
     @property
     def length(self) -> float:
         """Of Newton's step, or of what it were with the curvatures' magnitudes."""

@@ -24,12 +24,12 @@ __all__ = ["Cubic", "TrustRegion"]
 
 # A step is taken where it brings this share of what the model promised; the region shrinks below POOR and grows above
 # GOOD.
-ENOUGH, POOR, GOOD = 1e-4, 0.25, 0.75
+ENOUGH, POOR, GOOD = 1e-4, 0.25, 0.85
 # Values differ by rounding alone where less than this many units in the last place was promised: then gradients decide.
 NOISE = 250 * ROUNDING
 MOST_TRIALS = 60
 # Where negative curvature leads is not told by a quadratic: the first look along it is this share of x away.
-NEAR = 0.1
+NEAR = 0.125
 # Steps are a series where each is this part of the last, and as parallel as this; its sum is taken where it gains as
 # much more than the model promises of the next step alone.
 SERIES, PARALLEL, WORTH = (0.4, 0.95), 0.1, 1.3
@@ -118,7 +118,7 @@ class Cubic:
 
 
 def first_radius(point: Point, model: Model) -> float:
-    """The length of the model's whole step; where it has none that is a minimum, no more than a tenth of x."""
+    """The length of the model's whole step; where it has none that is a minimum, no more than an eighth of x."""
     size = float(point.x.norm())
     return model.length if math.isfinite(model.predicted) or size == 0 else min(model.length, NEAR * size)
 
