@@ -116,7 +116,11 @@ def test_every_method_reaches_the_known_least_squares(name: str, method: str) ->
     assert fit.success
     assert abs(2 * fit.cost - best) <= 1e-8 * best + 1e-10
     assert torch.equal(fit.fun, residual(fit.x))
-    torch.testing.assert_close(fit.grad, torch.func.jacrev(residual)(fit.x).mT @ fit.fun, **ALGEBRA)
+    # At a minimum what is left of the gradient is the rounding of the terms that cancel.
+    terms = float((torch.func.jacrev(residual)(fit.x).mT.abs() @ fit.fun.abs()).max())
+    torch.testing.assert_close(
+        fit.grad, torch.func.jacrev(residual)(fit.x).mT @ fit.fun, rtol=0, atol=1e-12 + 1e-14 * terms
+    )
     assert fit.optimality == float(fit.grad.abs().max())
 
 

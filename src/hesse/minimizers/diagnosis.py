@@ -41,7 +41,9 @@ def diagnose(point: Point, model: Model) -> Status:
         p = p * (max(size, 1.0) / float(p.norm()))
     # Behind x: ahead may be a jump, which is no noise. Only bounds leave no choice.
     side = p if point.function.composite else -p
-    level = max(noise(lambda y: point.function.at(y.to(x)).value, x.double(), side.double()), eps * abs(point.value))
+    # A value is known no better than to its own rounding, nor than to what the rounding of x makes of it.
+    known = eps * max(abs(point.value), float(g.abs() @ x.abs()))
+    level = max(noise(lambda y: point.function.at(y.to(x)).value, x.double(), side.double()), known)
     if not math.isfinite(level):
         return Status.STALLED
     if point.function.composite:

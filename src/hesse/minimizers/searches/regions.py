@@ -135,9 +135,10 @@ def attempt(point: Point, step: Step, enough: float = ENOUGH) -> tuple[Point | N
         return None, -math.inf
     gained = point.value - new.value
     ratio = gained / step.predicted if step.predicted > 0 else -math.inf
-    rounding = NOISE * torch.finfo(point.x.dtype).eps * max(abs(point.value), abs(new.value))
-    if step.predicted <= rounding and abs(gained) <= rounding:
-        return (new, 1.0) if new.finite() and new.steepest() < point.steepest() else (None, math.nan)
+    unit = torch.finfo(point.x.dtype).eps * max(abs(point.value), abs(new.value))
+    if step.predicted <= NOISE * unit and abs(gained) <= NOISE * unit:
+        lower = gained > ROUNDING * unit or new.steepest() < point.steepest()
+        return (new, 1.0) if new.finite() and lower else (None, math.nan)
     if ratio <= enough:
         return None, ratio
     return (new, ratio) if new.finite() else (None, -math.inf)
