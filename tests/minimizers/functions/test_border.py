@@ -91,7 +91,9 @@ def test_another_shape_is_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["matrix", "array"])
 @pytest.mark.parametrize(
-    "value", [None, "a", [[1], [2, 3]], object(), 1j * np.ones((2, 3)), 1j * torch.ones(2, 3)], ids=str
+    "value",
+    [None, "a", [[1], [2, 3]], object(), 1j * np.ones((2, 3)), 1j * torch.ones(2, 3)],
+    ids=["nothing", "text", "ragged", "object", "complex array", "complex tensor"],
 )
 def test_what_is_no_real_number_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match="jac must be real"):
