@@ -71,8 +71,9 @@ def test_no_derivative_is_evaluated_twice_at_a_point(method: str) -> None:
 @pytest.mark.parametrize("method", ["trust-exact", "newton", "dogleg", "arc"])
 def test_gradient_and_hessian_are_evaluated_only_where_a_step_was_accepted(method: str) -> None:
     f = Counting()
-    result = hesse.minimize(f.fun, START.numpy(), jac=f.jac, hess=f.hess, method=method)
-    assert result.nfev > result.nit + 1 or method == "arc"  # some steps were refused
+    start = START if method != "arc" else vector(-3, -4)  # from where each has steps refused
+    result = hesse.minimize(f.fun, start.numpy(), jac=f.jac, hess=f.hess, method=method)
+    assert result.nfev > result.nit + 1  # some steps were refused
     assert result.njev == result.nit + 1
     assert result.nhev <= result.nit + 1
 
