@@ -6,7 +6,7 @@ worked around is the same sentence raised as an error: :class:`InputError` carri
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 __all__ = ["Finding", "InputError", "Severity"]
@@ -27,6 +27,10 @@ class Finding:
         value: the number or text that was seen.
         limit: what it was held against.
         step: the optimiser step at which it was seen, if any.
+        function: the autograd Function, operation or hook that is to blame, if it is known more closely than
+            ``where`` tells.
+        file, line: where that is written.
+        evidence: the numbers behind the sentence, as a JSON object: a curve, a ratio, the elements that differ.
 
     Example:
         >>> print(Finding("vanishing", "encoder.0", "The gradient is 1e-9 of the weight.", "Add a skip connection."))
@@ -41,9 +45,17 @@ class Finding:
     value: float | int | str | None = None
     limit: float | int | str | None = None
     step: int | None = None
+    function: str | None = None
+    file: str | None = None
+    line: int | None = None
+    evidence: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __str__(self) -> str:
         head = f"{self.kind} at {self.where}" if self.where else self.kind
+        if self.function:
+            head += f", {self.function}"
+        if self.file:
+            head += f" ({self.file}:{self.line})" if self.line else f" ({self.file})"
         return " ".join(part for part in (f"{head}: {self.message}", self.remedy) if part)
 
     def to_dict(self) -> dict[str, Any]:

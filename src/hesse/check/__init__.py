@@ -1,5 +1,6 @@
 """Are the derivatives right? Compare them with differences of the function, and say where they are wrong."""
 
-from hesse.check.gradient import GradientReport, gradients
+from hesse.check.gradient import gradients
+from hesse.check.report import Report
 
-__all__ = ["GradientReport", "gradients"]
+__all__ = ["Report", "gradients"]

@@ -10,7 +10,6 @@ module is held against differences of itself (:mod:`hesse.check.boundaries`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,77 +17,15 @@ from torch import Tensor, nn
 from hesse.check.boundaries import describe, judge
 from hesse.check.calls import finite, first_difference, first_non_finite
 from hesse.check.differences import BLUNT, Probe, Slope, own_scales
+from hesse.check.report import Report
 from hesse.check.subject import Subject
 from hesse.finding import Finding
 from hesse.objective import Closure
 
-__all__ = ["GradientReport", "gradients"]
+__all__ = ["gradients"]
 
 
-@dataclass
-class GradientReport:
-    """What :func:`gradients` found. ``print(report)`` shows it as a table.
-
-    Args:
-        subject: what was checked.
-        slopes: the directions along which gradient and differences were compared.
-        findings: all that was noticed; those of severity ``"error"`` make the report not ``ok``.
-        notes: how to read it, for instance that an output was summed with random weights.
-    """
-
-    subject: str
-    slopes: list[Slope] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether no fault was found."""
-        return not any(finding.severity == "error" for finding in self.findings)
-
-    @property
-    def culprits(self) -> list[Finding]:
-        """The modules, inputs or parameters whose gradient is wrong, best guess first."""
-        return [finding for finding in self.findings if finding.kind == "wrong gradient"]
-
-    @property
-    def error(self) -> float:
-        """Largest difference along one direction, relative to the slope."""
-        return max((s.error for s in self.slopes), default=0.0)
-
-    @property
-    def noise(self) -> float:
-        """The error the differences may have themselves, relative to the slope: the middle one of three.
-
-        Random signs are blunt in a large model; the other two directions are then sharp.
-        """
-        return sorted(s.noise for s in self.slopes)[1] if self.slopes else 0.0
-
-    def raise_if_failed(self) -> None:
-        """Raise :class:`AssertionError` with the table when the report is not ``ok``."""
-        if not self.ok:
-            raise AssertionError(str(self))
-
-    def __str__(self) -> str:
-        lines = [f"Gradient check of {self.subject}: {'ok' if self.ok else 'FAILED'}", *self.notes]
-        if self.slopes:
-            row = "{:>9}  {:>13}  {:>13}  {:>9}  {:>9}  {}".format
-            lines.append(row("step", "gradient", "differences", "error", "limit", "").rstrip())
-            for s in self.slopes:
-                numbers = (
-                    f"{s.step:.1e}",
-                    f"{s.analytic:.6g}",
-                    f"{s.numeric:.6g}",
-                    f"{s.error:.1e}",
-                    f"{s.limit:.1e}",
-                )
-                lines.append(row(*numbers, "wrong" if s.wrong else "").rstrip())
-        return "\n".join([*lines, *(f"- {finding}" for finding in self.findings)])
-
-
-def gradients(
-    model_or_fn: nn.Module | Closure | Callable[..., Any], inputs: Any = None, *, seed: int = 0
-) -> GradientReport:
+def gradients(model_or_fn: nn.Module | Closure | Callable[..., Any], inputs: Any = None, *, seed: int = 0) -> Report:
     """Check first derivatives by differences; say which module, input or parameter is wrong.
 
     Parameters, buffers, ``.grad`` and the random generators are left exactly as they were, also after an
@@ -132,7 +69,7 @@ def gradients(
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3), Layer(), torch.nn.Linear(3, 1))
         >>> report = gradients(model, torch.ones(2, 3))
         >>> print(report.culprits[0])
-        wrong gradient at 1: The gradient of Layer with respect to its input is 0.5 times what it should be.
+        wrong_gradient at 1: The gradient of Layer with respect to its input is 0.5 times what it should be.
         ...
     """
     subject = Subject(model_or_fn, inputs, seed)
@@ -140,8 +77,8 @@ def gradients(
         return _check(subject)
 
 
-def _check(subject: Subject) -> GradientReport:
-    report = GradientReport(subject.name)
+def _check(subject: Subject) -> Report:
+    report = Report("Gradient check", subject.name)
     loss, again = subject.value(), subject.value()
     if subject.summed:
         report.notes.append("The output is not a scalar: it was summed with fixed random weights.")
@@ -168,7 +105,7 @@ def _check(subject: Subject) -> GradientReport:
     return report
 
 
-def _second_look(subject: Subject, report: GradientReport, slopes: list[Slope], grads: list[Tensor]) -> list[Finding]:
+def _second_look(subject: Subject, report: Report, slopes: list[Slope], grads: list[Tensor]) -> list[Finding]:
     """Findings at a point beside the given one: a kink sits at a point, a fault is everywhere."""
     seen = [s.error for s in report.slopes if s.wrong]
     wrong = [s for s in slopes if s.wrong]
@@ -202,7 +139,7 @@ def _whole(subject: Subject) -> tuple[list[Slope], list[Tensor]]:
     return probe.slopes(grads), grads
 
 
-def _by_module(subject: Subject, report: GradientReport) -> list[Finding] | None:
+def _by_module(subject: Subject, report: Report) -> list[Finding] | None:
     """The modules that are wrong by themselves; None where there are none to look at."""
     if subject.model is None:
         return None
@@ -248,7 +185,7 @@ def _wrong(where: str, message: str, error: float) -> Finding:
         "Look at its backward pass: custom autograd Functions, hooks, detach(), .data, in-place edits, "
         "values kept from an earlier call. If a gradient stops on purpose, say so with requires_grad_(False)."
     )
-    return Finding("wrong gradient", where, message, remedy, severity="error", value=error)
+    return Finding("wrong_gradient", where, message, remedy, severity="error", value=error)
 
 
 def _non_finite(subject: Subject, message: str) -> Finding:
@@ -261,7 +198,7 @@ def _non_finite(subject: Subject, message: str) -> Finding:
     if call is not None:
         message += f" NaN or infinity first arises in {call.path or subject.name}."
     remedy = "Look for log or division at zero, overflow of exp, a square root at zero, or NaN in the inputs."
-    return Finding("non-finite", call.path if call and call.path else subject.name, message, remedy, severity="error")
+    return Finding("non_finite", call.path if call and call.path else subject.name, message, remedy, severity="error")
 
 
 def _not_deterministic(subject: Subject, one: float, two: float) -> Finding:
@@ -271,4 +208,4 @@ def _not_deterministic(subject: Subject, one: float, two: float) -> Finding:
     where = call.path if call and call.path else subject.name
     message = f"Two evaluations at the same point give {one:.6g} and {two:.6g}: the gradient cannot be checked."
     remedy = "Draw random numbers from torch's generators only, and keep no state but buffers between calls."
-    return Finding("non-deterministic", where, message, remedy, severity="error", value=abs(one - two))
+    return Finding("non_deterministic", where, message, remedy, severity="error", value=abs(one - two))

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from hesse.check import GradientReport
+from hesse.check import Report
 from hesse.finding import Finding
 from hesse.multimodal import Schema
 from hesse.training.call import modality_name
@@ -75,7 +75,7 @@ class Screen:
         with progress:
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
-    def gradient_check(self, report: GradientReport) -> None:
+    def gradient_check(self, report: Report) -> None:
         if report.ok:
             self.say(f"gradient check: passed (error {report.error:.1e}, noise of the differences {report.noise:.1e})")
             self.findings(report.findings)
