@@ -6,13 +6,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import typer
 
 from hesse.finding import Finding, InputError
 
-__all__ = ["clean_exit", "print_json", "refuse"]
+__all__ = ["clean_exit", "print_json", "print_text", "refuse"]
 
 
 @contextmanager
@@ -45,7 +45,15 @@ def refuse(finding: Finding, code: int, as_json: bool) -> NoReturn:
 
 
 def print_json(value: object) -> None:
-    """One line of JSON on stdout, in UTF-8 whatever the locale says."""
-    line = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
-    sys.stdout.buffer.write(line.encode("utf-8", "surrogateescape"))
-    sys.stdout.buffer.flush()
+    """One line of JSON on stdout."""
+    print_text(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def print_text(text: str, stream: TextIO | None = None) -> None:
+    """A line on stdout or ``stream``, in UTF-8 whatever the locale says, and at once: a reader at the end of a pipe
+    follows what goes on.
+    """
+    stream = stream or sys.stdout
+    stream.flush()  # what the user's own code has printed comes first
+    stream.buffer.write(f"{text}\n".encode("utf-8", "surrogateescape"))
+    stream.buffer.flush()

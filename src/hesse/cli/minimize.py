@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import re
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 
-from hesse.cli.exits import clean_exit, print_json
+from hesse.cli.code import attribute, blame
+from hesse.cli.exits import clean_exit, print_json, print_text
 from hesse.finding import Finding, InputError
 
 __all__ = ["minimize"]
@@ -67,7 +64,7 @@ def minimize(
         # What the user's own code prints must not come between the lines of JSON.
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             modules: dict[str, ModuleType] = {}
-            fun = _attribute(function, modules)
+            fun = attribute(function, modules)
             if not callable(fun):
                 raise InputError("no function", function, f"It is {_a(fun)}, not a function.", "Name a function of x.")
             start: Any = _start(x0, dtype, arrays, modules) if x0 is not None else _state(resume)
@@ -89,11 +86,11 @@ def minimize(
             except BrokenPipeError:
                 raise
             except Exception as error:
-                _refuse(error, function)
+                blame(error, function)
                 raise
         show.rest(result.trace)
         if not as_json:  # before the files: a full disk does not lose what was found
-            _write(sys.stdout, "\n".join(["", repr(result), *_digits(result.x)]))
+            print_text("\n".join(["", repr(result), *_digits(result.x)]))
         if save is not None:
             result.state.save(save)
         if plot is not None and len(result.trace):
@@ -143,94 +140,8 @@ class _Table:
         """Print what has not been printed."""
         if len(trace) > self.shown:
             head, *lines = type(trace)(trace.rows[self.shown :]).table()
-            _write(self.stream, "\n".join(lines if self.headed else [head, *lines]))
+            print_text("\n".join(lines if self.headed else [head, *lines]), self.stream)
             self.shown, self.headed = len(trace), True
-
-
-# --- what the user named ----------------------------------------------------------------------------------------------
-
-
-def _attribute(target: str, modules: dict[str, ModuleType]) -> Any:
-    """``module:name`` or ``path/to/file.py:name``, imported."""
-    place, _, name = target.rpartition(":")
-    if not place or not name:
-        remedy = "Write module:name, for instance problems:rosenbrock, or path/to/problems.py:rosenbrock."
-        raise InputError("no function", target, "There is no colon between a module and a name.", remedy)
-    if place not in modules:
-        modules[place] = _file(Path(place)) if place.endswith(".py") else _module(place)
-    found: Any = modules[place]
-    for part in name.split("."):
-        if not hasattr(found, part):
-            near = get_close_matches(part, [n for n in dir(found) if not n.startswith("_")], 3)
-            remedy = f"Did you mean {' or '.join(near)}?" if near else "Check the spelling."
-            raise InputError("no such name", target, f"There is no {part!r} in {place}.", remedy)
-        found = getattr(found, part)
-    return found
-
-
-def _module(name: str) -> ModuleType:
-    """A module of the current folder or an installed one."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            _refuse(error, name)
-            raise
-        message = f"There is no module {name!r} in {here}, and none is installed."
-        remedy = "Run the command in its folder, or give its path: path/to/file.py:function."
-        raise InputError("no such module", name, message, remedy) from None
-    except (Exception, SystemExit) as error:
-        _refuse(error, name)
-        raise
-
-
-def _file(path: Path) -> ModuleType:
-    """A module by its path; its own imports find their neighbours, as if it were run."""
-    if not path.is_file():
-        raise InputError("missing file", str(path), "There is no such file.", "Check the path.")
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Data classes and pickles look for their module by its name.
-    sys.modules.setdefault(path.stem, module)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        if sys.modules[path.stem] is module:
-            del sys.modules[path.stem]
-        _refuse(error, str(path))
-        raise
-    return module
-
-
-def _refuse(error: BaseException, where: str) -> None:
-    """Raise a sentence for what hesse refused, or what the user's own code raised; return for an error of ours."""
-    import hesse
-
-    if isinstance(error, InputError) or (isinstance(error, ImportError) and "pip install" in str(error)):
-        return
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = str(Path(hesse.__file__).parent)
-    if isinstance(error, TypeError | ValueError) and frames[-1].filename.startswith(ours):
-        raise InputError("refused", where, f"{error}") from error
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, SyntaxError) and error.filename:
-        raise InputError("error in the code", f"{error.filename}:{error.lineno}", f"{what}.") from error
-    theirs = [f for f in frames if not f.filename.startswith((ours, "<frozen")) and not _library(f.filename)]
-    if theirs:
-        place = f"{theirs[-1].filename}:{theirs[-1].lineno} ({theirs[-1].name})"
-        raise InputError("error in the code", place, f"{what}.") from error
-
-
-def _library(filename: str) -> bool:
-    return any(f"/{name}/" in filename.replace("\\", "/") for name in ("torch", "numpy", "importlib"))
 
 
 # --- where to start ---------------------------------------------------------------------------------------------------
@@ -244,7 +155,7 @@ def _start(text: str, dtype: str | None, arrays: bool, modules: dict[str, Module
     if text.endswith(".npy"):
         value: Any = _array(Path(text))
     elif ":" in text:
-        value = _attribute(text, modules)
+        value = attribute(text, modules)
         if not isinstance(value, int | float | list | tuple):
             if arrays and isinstance(value, torch.Tensor):
                 value = value.detach().numpy()
@@ -312,13 +223,6 @@ def _state(path: Path | None) -> Any:
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
-
-
-def _write(stream: Any, text: str) -> None:
-    """In UTF-8 whatever the locale says, and at once: a reader at the end of a pipe follows the solve."""
-    stream.flush()  # what the user's function has printed comes first
-    stream.buffer.write(f"{text}\n".encode("utf-8", "surrogateescape"))
-    stream.buffer.flush()
 
 
 def _a(value: Any) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hesse.cli.exits import clean_exit, print_json
+from hesse.cli.exits import clean_exit, print_json, print_text
 
 __all__ = ["spectrum"]
 
@@ -48,8 +47,7 @@ def spectrum(
         if as_json:
             print_json({"ok": True, "page": str(page), "spectrum": record})
         else:
-            sys.stdout.buffer.write(f"{_text(record)}\npage: {page}\n".encode("utf-8", "surrogateescape"))
-            sys.stdout.buffer.flush()
+            print_text(f"{_text(record)}\npage: {page}")
 
 
 def _text(record: dict[str, Any]) -> str:
