@@ -16,7 +16,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(
     [
         *DOCS.glob("optimizers/*.md"),
-        *(DOCS / f"{name}.md" for name in ("choose", "damping", "minimize", "newton", "step")),
+        *(DOCS / f"{name}.md" for name in ("check", "choose", "damping", "minimize", "newton", "step", "watch")),
     ]
 )
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hesse import curvature as curvature
     from hesse import minimizers as minimizers
     from hesse import optim as optim
+    from hesse.doctor import diagnose as diagnose
     from hesse.finding import Finding as Finding
     from hesse.finding import InputError as InputError
     from hesse.health import watch as watch
@@ -32,6 +33,7 @@ _HOME = {
     "Run": "hesse.training",
     "argmin": "hesse.minimizers",
     "closure": "hesse.objective",
+    "diagnose": "hesse.doctor",
     "least_squares": "hesse.minimizers",
     "minimize": "hesse.minimizers",
     "train": "hesse.training",
@@ -47,6 +49,7 @@ __all__ = [
     "check",
     "closure",
     "curvature",
+    "diagnose",
     "least_squares",
     "minimize",
     "minimizers",

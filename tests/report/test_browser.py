@@ -18,9 +18,13 @@ pytest.importorskip("jinja2", reason="the report needs hesse[train]")
 pytest.importorskip("plotly", reason="the report needs hesse[train]")
 
 from selenium.webdriver.chrome.service import Service  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
+from hesse.finding import Finding  # noqa: E402
 from hesse.report import build  # noqa: E402
+from hesse.report.doctor import build_doctor  # noqa: E402
+from report_page import diagnosis  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -139,3 +143,74 @@ def test_it_prints(browser: Any, plain: Path) -> None:
     assert base64.b64decode(browser.print_page()).startswith(b"%PDF")
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.documentElement.className") == ""
+
+
+def point(browser: Any, place: str, says: str, *arguments: Any) -> tuple[float, float]:
+    """Point at a place of the heat map until it says so; the place anew each time, for a busy machine lays out late."""
+    said = "return document.querySelector('[data-figure=gradients] .hoverlayer').textContent"
+
+    def pointed(_: Any) -> Any:
+        x, y = browser.execute_script(place, *arguments)
+        for aside in (2, 0):
+            browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x - aside, "y": y})
+        return (x, y) if says in browser.execute_script(said) else False
+
+    x, y = WebDriverWait(browser, 20).until(pointed)
+    return x, y
+
+
+def drawn(browser: Any) -> Any:
+    """What the chart of one layer shows: the name in the list, the heights of its first curve, its marks."""
+    script = """const plot = document.querySelector("[data-figure=layer]");
+    const list = document.querySelector("[data-choose]");
+    return [list.selectedOptions[0].text, plot.data[0].y, plot.data[plot.data.length - 1].x]"""
+    return browser.execute_script(script)
+
+
+def test_a_click_on_a_row_shows_the_curves_of_its_layer(browser: Any, plain: Path) -> None:
+    choices = show(browser, plain, 1280, "light")["layer"]["choices"]
+    assert drawn(browser)[0] == "encoders.text_word.embedding", "the layer with the gravest finding"
+    place = """const plot = document.querySelector("[data-figure=gradients]"), layout = plot._fullLayout;
+    plot.scrollIntoView({block: "center", behavior: "instant"});
+    const box = plot.querySelector(".nsewdrag").getBoundingClientRect();
+    return [box.left + layout.xaxis.d2p(9), box.top + layout.yaxis.c2p(arguments[0])]"""
+    for row in (3, 11):
+        name = choices[row]["name"]
+        x, y = point(browser, place, name, row)
+        for kind in ("mousePressed", "mouseReleased"):
+            event = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
+            browser.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+        WebDriverWait(browser, 10).until(lambda _, name=name: drawn(browser)[0] == name)
+        assert drawn(browser)[1] == choices[row]["traces"][0]["y"]
+    assert browser.get_log("browser") == []
+
+
+def test_the_keyboard_reaches_every_layer(browser: Any, plain: Path) -> None:
+    choices = show(browser, plain, 1280, "light")["layer"]["choices"]
+    chosen = browser.find_element("css selector", "[data-choose=layer]")
+    browser.execute_script("arguments[0].focus()", chosen)
+    assert browser.switch_to.active_element == chosen and chosen.accessible_name
+    for step in (1, 2):
+        chosen.send_keys(Keys.ARROW_DOWN)
+        name, curve, _ = drawn(browser)
+        index = next(i for i, choice in enumerate(choices) if choice["name"] == name)
+        assert index == 9 + step and curve == choices[index]["traces"][0]["y"]
+
+
+def test_a_mark_tells_its_finding_when_pointed_at(browser: Any, plain: Path) -> None:
+    show(browser, plain, 1280, "light")
+    place = """const plot = document.querySelector("[data-figure=gradients]");
+    plot.scrollIntoView({block: "center", behavior: "instant"});
+    const mark = plot.querySelectorAll(".scatterlayer .point")[1].getBoundingClientRect();
+    return [mark.left + mark.width / 2, mark.top + mark.height / 2]"""
+    point(browser, place, "Weigh the text up")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
+def test_the_page_of_the_doctor_is_drawn(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    found = Finding(LONG, f"body.2.{LONG}", LONG, LONG, "error", step=3)
+    page = build_doctor(diagnosis((found, [found]), subject=LONG), tmp_path / "doctor.html")
+    figures = show(browser, page, width, scheme)
+    assert set(figures) == {"gradients", "layer", "losses"}
+    assert count(browser, "gradients", ".scatterlayer .point") == 1
+    assert browser.get_log("browser") == [] and wide(browser) <= width

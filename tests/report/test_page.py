@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,13 +14,11 @@ from report_records import CLASSES, make_run
 pytest.importorskip("jinja2", reason="the report needs hesse[train]")
 go = pytest.importorskip("plotly.graph_objects", reason="the report needs hesse[train]")
 
-from plotly.offline import get_plotlyjs  # noqa: E402
-
 from hesse.files import read_json, write_json  # noqa: E402
 from hesse.finding import Finding, InputError  # noqa: E402
 from hesse.report import build  # noqa: E402
+from report_page import HOSTILE, Page  # noqa: E402
 
-HOSTILE = "</script><b onmouseover=alert(1)>x</b><!--<script>{{ 7*7 }} %{x} & \"q\" 'a' 型 مرحبا 🦊"
 CHARTS = {
     "score-seconds",
     "score-epoch",
@@ -30,40 +26,10 @@ CHARTS = {
     "loss-epoch",
     "modalities",
     "gradients",
+    "layer",
     "updates",
     "steps",
 }
-
-
-class Page(HTMLParser):
-    """A page as a browser's parser takes it: elements with attributes, visible text, and the figures."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.scripts: list[str] = []
-        self.inside = ""
-        # Five megabytes of plotly.js are slow to parse; the test in a browser runs them.
-        self.feed(path.read_text(encoding="utf-8").replace(get_plotlyjs(), ""))
-        self.text = " ".join(" ".join(self.words).split())
-        self.figures: dict[str, Any] = json.loads(self.scripts[0])
-        self.tags = [element for element, _ in self.elements]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self.inside = tag
-            self.scripts += [""] if tag == "script" else []
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = "" if tag == self.inside else self.inside
-
-    def handle_data(self, data: str) -> None:
-        if self.inside == "script":
-            self.scripts[-1] += data
-        elif not self.inside:
-            self.words.append(data)
 
 
 @pytest.fixture(scope="module")

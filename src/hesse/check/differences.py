@@ -176,9 +176,9 @@ class Probe:
 
     def _measure(self, grads: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> Slope:
         half = step / 2
-        far_up, far_down = self._at(direction, step), self._at(direction, -step)
-        up, ahead = self._at(direction, half), self._along(grads)
-        down, behind = self._at(direction, -half), self._along(grads)
+        far_up, far_down = self.at(direction, step), self.at(direction, -step)
+        up, ahead = self.at(direction, half), self._along(grads)
+        down, behind = self.at(direction, -half), self._along(grads)
         self.restore()
         near = (up - down) / step
         far = (far_up - far_down) / (2 * step)
@@ -198,7 +198,7 @@ class Probe:
         finite = math.isfinite(limit) and math.isfinite(numeric)
         return Slope(analytic, numeric if finite else 0.0, limit if finite else math.inf, half)
 
-    def _at(self, direction: Sequence[Tensor], length: float) -> Tensor:
+    def at(self, direction: Sequence[Tensor], length: float) -> Tensor:
         """The function at ``base + length * direction``."""
         with torch.no_grad():
             for tensor, base, v in zip(self.tensors, self.base, direction, strict=True):
@@ -228,4 +228,5 @@ class Probe:
 
 
 def _root_mean_square(t: Tensor) -> float:
+    t = torch.view_as_real(t) if t.is_complex() else t
     return float(t.to(torch.promote_types(t.dtype, torch.float32)).square().mean().sqrt())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from hesse.check.differences import Slope
 from hesse.finding import Finding
@@ -50,6 +52,18 @@ class Report:
         Random signs are blunt in a large model; the other two directions are then sharp.
         """
         return sorted(s.noise for s in self.slopes)[1] if self.slopes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as a JSON object; infinite limits are null."""
+        slopes = [asdict(slope) for slope in self.slopes]
+        return {
+            "check": self.check,
+            "subject": self.subject,
+            "ok": self.ok,
+            "slopes": [{k: v if math.isfinite(v) else None for k, v in slope.items()} for slope in slopes],
+            "findings": [finding.to_dict() for finding in self.findings],
+            "notes": self.notes,
+        }
 
     def raise_if_failed(self) -> None:
         """Raise :class:`AssertionError` with the table when the report is not ``ok``."""

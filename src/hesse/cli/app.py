@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from hesse import __version__
+from hesse.cli.check import check
 from hesse.cli.demo import demo
+from hesse.cli.doctor import doctor
 from hesse.cli.exits import print_json
 from hesse.cli.minimize import minimize
 from hesse.cli.predict import predict
@@ -30,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, report, spectrum, minimize, demo):
+for command in (train, predict, report, spectrum, minimize, check, doctor, demo):
     app.command()(command)
 
 

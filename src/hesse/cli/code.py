@@ -102,6 +102,8 @@ def blame(error: BaseException, where: str) -> None:
     if theirs:
         place = f"{theirs[-1].filename}:{theirs[-1].lineno} ({theirs[-1].name})"
         raise InputError("error in the code", place, f"{what}.") from error
+    if not frames[-1].filename.startswith(ours):  # torch refuses what a model of its own layers was given
+        raise InputError("error in the code", where, f"{what}.") from error
 
 
 def _library(filename: str) -> bool:

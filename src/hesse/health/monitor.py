@@ -1,285 +1,201 @@
 """Watching a training run from beside it: count steps, sample statistics now and then, let the rules speak
 once each.
 
-The monitor changes nothing in the run. At a sampled step it reads the gradients that the optimiser left in
-``p.grad``, and the weights before and after; between samples it only counts. Forward hooks on activations
-(and on the model, to know which pass is the training pass) are the only hooks, and they are gone when the
-context ends.
+The monitor changes nothing in the run unless its guard is told to. Steps are counted by torch's hooks for all
+optimisers, so that wrappers (GradScaler, Lightning, Accelerate, a line search) need no word of it; a loop that updates
+its weights by hand calls :meth:`Monitor.step`.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.optim import Optimizer
 
 from hesse.finding import Finding
-from hesse.health.rules import PATIENCE, RULES, non_finite
-from hesse.health.stats import Record, Stats, find_layers, measure, silent_units
+from hesse.health import rules
+from hesse.health.guard import MODES, Mode
+from hesse.health.observer import Observer
+from hesse.health.stats import Record, Stats
+from hesse.health.summary import HealthReport
 
 __all__ = ["HealthReport", "Monitor", "watch"]
-
-ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Threshold, nn.Hardswish, nn.GELU, nn.SiLU)  # those whose units can die
-ROWS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # a row of the weight, a unit
-FIRST = 5  # the first steps are all sampled: young nets change quickly, and bad ones do not live long
-KEPT = 300  # records; older ones are thinned, so that a long run's memory and checkpoint stay small
-
-
-@dataclass(frozen=True)
-class HealthReport:
-    """Findings so far and the layers as last seen; ``print(report)`` shows both."""
-
-    findings: list[Finding]
-    last: Record | None
-
-    @property
-    def ok(self) -> bool:
-        """Whether no rule has spoken."""
-        return not self.findings
-
-    def __str__(self) -> str:
-        if self.last is None:
-            return "Nothing has been sampled yet."
-        loss = "" if self.last["loss"] is None else f", loss {self.last['loss']:.6g}"
-        width = max([len("layer"), *map(len, self.last["layers"])])
-        keys = "grad_norm", "weight_norm", "update_ratio", "dead"
-        verdict = "healthy" if self.ok else f"{len(self.findings)} findings"
-        lines = [f"Step {self.last['step']}{loss}: {verdict}"]
-        lines.append(f"{'layer':<{width}}" + "".join(f"{key:>14}" for key in keys))
-        for path, layer in self.last["layers"].items():
-            cells = ("" if layer[key] is None else f"{layer[key]:.3g}" for key in keys)
-            lines.append((f"{path:<{width}}" + "".join(f"{cell:>14}" for cell in cells)).rstrip())
-        return "\n".join([*lines, *(f"- step {finding.step}: {finding}" for finding in self.findings)])
 
 
 class Monitor:
     """What :func:`watch` returns. See there for the arguments and an example.
 
-    ``records`` holds the samples as JSON-able dicts (see :class:`hesse.health.stats.Stats`), ``steps`` the
-    count of steps.
+    One that is never entered as a context counts by :meth:`step` only.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, every: int = 10) -> None:
-        if every < 1:
-            raise ValueError(f"every counts steps between samples and must be at least 1; got {every}.")
-        self.model = model
-        self.optimizer = optimizer
-        self.every = every
-        self.steps = 0
-        self.layers = find_layers(model)
-        self.stats = Stats()
-        self.findings: list[Finding] = []
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        every: int | None = None,
+        *,
+        guard: Mode = "warn",
+        writer: Any = None,
+    ) -> None:
+        self._observer = Observer(model, optimizer, every, writer)
         self._shown = 0
-        self._order = [path or type(model).__name__ for path, _ in model.named_modules()]
-        self._activations = {p: m for p, m in model.named_modules() if isinstance(m, ACTIVATIONS)}
-        self._counter: RemovableHandle | None = None
-        self._hooks: list[RemovableHandle] = []
-        self._before: list[Tensor] | None = None
-        self._pending: list[tuple[int, Tensor]] = []  # losses on a device, read with the next sample
-        self._listening = False
-        self._heard: dict[str, list[Tensor]] = {}  # in this step: units that were silent, a tensor a call
-        self._silent: dict[str, list[Tensor]] = {}  # samples in a row for which each unit was silent
+        self.guard = guard
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that is watched."""
+        return self._observer.model
+
+    @property
+    def stats(self) -> Stats:
+        """What the rules read."""
+        self._observer.steps.close()
+        return self._observer.stats
+
+    @property
+    def steps(self) -> int:
+        """The count of steps."""
+        return self._observer.steps.count
 
     @property
     def records(self) -> list[Record]:
-        """The samples, oldest first."""
+        """The samples, oldest first, as JSON objects: see :class:`hesse.health.stats.Stats`."""
         return self.stats.records
 
+    @property
+    def findings(self) -> list[Finding]:
+        """What was found so far."""
+        self._observer.settle()
+        return self._observer.findings
+
+    @property
+    def guard(self) -> Mode:
+        """What happens to a step that would do harm; may be set at any time."""
+        return self._observer.guard.mode
+
+    @guard.setter
+    def guard(self, mode: Mode) -> None:
+        if mode not in MODES:
+            raise ValueError(f"guard must be one of {', '.join(map(repr, MODES))}; got {mode!r}.")
+        self._observer.guard.mode = mode
+
     def __enter__(self) -> Self:
-        if self.optimizer is not None:
-            self._counter = self.optimizer.register_step_post_hook(lambda *_: self._advance(None))
-        self._prepare()
+        self._observer.attach()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
-        if self._counter is not None:
-            self._counter.remove()
+        self._observer.settle()
+        self._observer.release()
 
     def step(self, loss: Tensor | float | None = None) -> None:
-        """Say that the optimiser has made a step, and what its loss was.
+        """Say what the loss of the step was that has just been made, or is about to be made.
 
-        Call it after ``optimizer.step()`` and before gradients are zeroed. With an optimiser given to
-        :func:`watch` steps are counted already, and this only tells the loss of the step that was just
-        made.
+        Where no optimiser of torch makes the steps this also counts one: call it after the weights were updated and
+        before gradients are zeroed.
         """
-        if self.optimizer is None:
-            self._advance(loss)
-        elif loss is not None:
-            self._tell(loss)
+        steps = self._observer.steps
+        if not steps.by_hooks():
+            steps.step()
+        if loss is not None:
+            self._observer.tell(loss)
+        elif not steps.by_hand:
+            steps.close()
+
+    def tell(self, loss: Tensor | float) -> None:
+        """The loss of the step that was just made, or of one of the batches that it will be made from.
+
+        Never counts a step.
+        """
+        self._observer.tell(loss)
 
     def report(self) -> HealthReport:
-        """The findings so far and the layers as last seen."""
-        return HealthReport(list(self.findings), self.records[-1] if self.records else None)
+        """The findings so far, the layers as last seen, and what looks odd but is well."""
+        findings, records = list(self.findings), self.records
+        notes = [note for speak in rules.NOTES for note in speak(self.stats)]
+        return HealthReport(findings, records[-1] if records else None, notes)
 
     def new_findings(self) -> list[Finding]:
         """Findings not yet returned by this method, to be shown as they come."""
         new = self.findings[self._shown :]
-        self._shown = len(self.findings)
+        self._shown += len(new)
         return new
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, as a JSON object."""
+        findings, o = self.findings, self._observer
         return {
-            "steps": self.steps,
-            "records": list(self.records),
-            "findings": [finding.to_dict() for finding in self.findings],
+            "steps": o.steps.count,
+            "records": list(o.stats.records),
+            "told": list(o.stats.told),
+            "findings": [finding.to_dict() for finding in findings],
             "shown": self._shown,
-            "silent": {path: [count.tolist() for count in counts] for path, counts in self._silent.items()},
+            "by_hooks": o.steps.seen,
+            "meter": o.meter.state_dict(),
+            "sensors": {type(sensor).__name__: sensor.state_dict() for sensor in o.sensors},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; the model's weights must have been loaded before."""
-        device = self.layers[0].params[0].device if self.layers else torch.device("cpu")
-        self.steps = state["steps"]
-        self.stats = Stats(list(state["records"]))
-        self.findings = [Finding(**finding) for finding in state["findings"]]
+        o = self._observer
+        o.steps.count, o.steps.seen = state["steps"], state["by_hooks"]
+        o.stats.records, o.stats.told = list(state["records"]), [list(pair) for pair in state["told"]]
+        o.findings = [Finding(**finding) for finding in state["findings"]]
         self._shown = state["shown"]
-        self._silent = {
-            path: [torch.tensor(count, dtype=torch.int32, device=device) for count in counts]
-            for path, counts in state["silent"].items()
-        }
-        self._prepare()
-
-    def _due(self, step: int) -> bool:
-        return step <= FIRST or step % self.every == 0
-
-    def _advance(self, loss: Tensor | float | None) -> None:
-        self.steps += 1
-        if loss is not None:
-            loss = self._read(loss)
-        bad = isinstance(loss, float) and not math.isfinite(loss)
-        if self._due(self.steps) or bad:
-            self._sample(loss)
-        elif isinstance(loss, Tensor):
-            self._pending.append((self.steps, loss))
-        self._prepare()
-
-    def _tell(self, loss: Tensor | float) -> None:
-        """The loss of the step that the optimiser's hook has already counted."""
-        value = self._read(loss)
-        if self.records and self.records[-1]["step"] == self.steps:
-            self.records[-1]["loss"] = float(value)
-            self._judge()
-        elif isinstance(value, Tensor):
-            self._pending.append((self.steps, value))
-        elif not math.isfinite(value):
-            self._sample(value)
-
-    def _read(self, loss: Tensor | float) -> Tensor | float:
-        """A number at once where that costs nothing; a tensor on another device waits for the next sample."""
-        if isinstance(loss, Tensor) and loss.device.type != "cpu":
-            return loss.detach().clone()
-        return float(loss.detach() if isinstance(loss, Tensor) else loss)
-
-    def _sample(self, loss: Tensor | float | None) -> None:
-        self._count_silence()
-        fractions = {path: torch.cat(c).ge(PATIENCE).float().mean() for path, c in self._silent.items()}
-        earlier, self._pending = self._pending, []
-        losses, layers = measure(self.layers, self._before, fractions, [*(x for _, x in earlier), loss])
-        for (step, _), value in zip(earlier, losses[:-1], strict=True):
-            if value is not None and not math.isfinite(value):
-                self._say(non_finite(Stats([{"step": step, "loss": value, "layers": {}}])))
-        known = {path: layers[path] for path in self._order if path in layers}
-        self.records.append({"step": self.steps, "loss": losses[-1], "layers": known})
-        self._judge()
-        if len(self.records) > KEPT:
-            self.records[: KEPT // 2] = self.records[: KEPT // 2 : 2]
-
-    def _judge(self) -> None:
-        for rule in RULES:
-            self._say(rule(self.stats))
-
-    def _say(self, findings: list[Finding]) -> None:
-        said = {(finding.kind, finding.where) for finding in self.findings}
-        self.findings += [finding for finding in findings if (finding.kind, finding.where) not in said]
-
-    def _prepare(self) -> None:
-        """Copies of the weights, and hooks, before a step that will be sampled, and only then."""
-        self._release()
-        if not self._due(self.steps + 1):
-            return
-        self._before = [p.detach().clone() for layer in self.layers for p in layer.params]
-        self._hooks.append(self.model.register_forward_pre_hook(self._start_listening))
-        for path, module in self._activations.items():
-            self._hooks.append(module.register_forward_hook(self._listener(path)))
-        self._hooks.append(self.model.register_forward_hook(self._stop_listening))
-
-    def _release(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self._before = None
-        self._heard = {}
-
-    def _start_listening(self, *_: Any) -> None:
-        self._listening = self.model.training and torch.is_grad_enabled() and not self._heard
-
-    def _stop_listening(self, *_: Any) -> None:
-        self._listening = False
-
-    def _listener(self, path: str) -> Any:
-        def listen(module: nn.Module, args: Any, output: Any) -> None:
-            # Inside vmap or jvp, outputs are wrappers that must not outlive the call.
-            if self._listening and not torch._C._functorch.is_functorch_wrapped_tensor(output):
-                silent = silent_units(output)
-                if silent is not None:
-                    self._heard.setdefault(path, []).append(silent)
-
-        return listen
-
-    def _count_silence(self) -> None:
-        if not self._activations:  # functional ones leave their mark: units without any gradient
-            for layer in self.layers:
-                grads = [p.grad for p in layer.params if p.grad is not None]
-                if grads and isinstance(layer.module, ROWS):
-                    rows = torch.cat([grad.reshape(grad.shape[0], -1) for grad in grads], 1)
-                    self._heard[layer.path] = [(rows == 0).all(1)]
-        for path, heard in self._heard.items():
-            counts = self._silent.get(path, [])
-            fresh = [c.shape for c in counts] != [h.shape for h in heard]
-            if fresh:
-                counts = [torch.zeros(h.shape, dtype=torch.int32, device=h.device) for h in heard]
-            self._silent[path] = [torch.where(h, c + 1, 0) for c, h in zip(counts, heard, strict=True)]
+        o.meter.load_state_dict(state["meter"])
+        for sensor in o.sensors:
+            if (saved := state["sensors"].get(type(sensor).__name__)) is not None:
+                sensor.load_state_dict(saved)
+        o.prepare()
 
 
-def watch(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, every: int = 10) -> Monitor:
+def watch(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    every: int | None = None,
+    *,
+    guard: Mode = "warn",
+    writer: Any = None,
+) -> Monitor:
     """Watch the gradients of ``model`` while it trains, with any optimiser.
 
     Args:
-        model: the module that is trained; frozen parameters are not watched.
-        optimizer: steps are counted by its hooks. Without it, call ``w.step(loss=loss)`` after each step.
-        every: steps between samples. The first five steps and those with a NaN loss are always sampled.
+        model: the module that is trained; frozen parameters are not watched. It may be wrapped for several processes
+            or compiled; layers go by the paths of the model inside.
+        optimizer: whose steps count. Without it those of every optimiser count that holds parameters of the model.
+        every: steps between samples; the first five are always sampled. Without it so few that they cost at most a
+            twentieth of the running time, once the first seconds are over.
+        guard: what happens to a step that would do harm, because its gradient is not finite or far longer than the
+            history of its layers allows. "warn" logs findings as they arise, None does not; "skip" leaves the step
+            out; "stop" raises :class:`~hesse.health.guard.TrainingStopped` before it; "repair" also clips single
+            layers to their history, and goes back to the last good state when weights are lost.
+        writer: a TensorBoard ``SummaryWriter`` or its like, for the numbers of each layer and the findings.
 
     Returns:
-        A context manager and monitor: ``.step``, ``.report()``, ``.new_findings()``, ``.records``,
+        A context manager and monitor: ``.step``, ``.report()``, ``.new_findings()``, ``.records``, ``.guard``,
         ``.state_dict()``.
 
     Raises:
-        ValueError: ``every`` is less than 1.
+        ValueError: ``every`` is less than 1, or there is no such ``guard``.
 
     Example:
         Ten sigmoids in a row let nothing through:
 
+        >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> parts = [m for _ in range(10) for m in (nn.Linear(8, 8), nn.Sigmoid())]
         >>> model = nn.Sequential(*parts, nn.Linear(8, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> with watch(model) as w:
+        >>> with watch(model, every=10, guard=None) as w:
         ...     for _ in range(10):
         ...         optimizer.zero_grad()
         ...         loss = model(torch.randn(16, 8)).square().mean()
         ...         loss.backward()
         ...         optimizer.step()
-        ...         w.step(loss=loss)
-        >>> [(finding.kind, finding.where) for finding in w.report().findings]
-        [('vanishing', '0')]
+        >>> "vanishing" in [finding.kind for finding in w.report().findings]
+        True
     """
-    return Monitor(model, optimizer, every)
+    return Monitor(model, optimizer, every, guard=guard, writer=writer)

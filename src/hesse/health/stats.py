@@ -1,23 +1,22 @@
-"""What is written down about a model at a sampled step: a few norms a layer, read from the device in one go.
+"""What is written down about a model at a sampled step, and what the model is made of: all that rules may read.
 
-A layer is a module that holds trainable parameters of its own. Gradients are read from ``p.grad`` after the
-optimiser's step and not by backward hooks, because an optimiser may take its gradients with
-``torch.autograd.grad``.
+A record holds numbers by layer; a layer is a module that holds trainable parameters of its own. The anatomy says
+what the modules are, so that a rule can tell a normalisation from a head without the model at hand.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["Layer", "Stats", "find_layers", "measure", "silent_units"]
+__all__ = ["Anatomy", "Layer", "Record", "Stats", "anatomy", "find_layers", "unwrapped"]
 
 Record = dict[str, Any]
+Anatomy = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,39 @@ class Layer:
 class Stats:
     """The records of a run, oldest first: what the rules read.
 
-    A record is ``{"step": int, "loss": float | None, "layers": {path: {"grad_norm", "weight_norm",
-    "update_ratio", "dead"}}}``. ``update_ratio`` is |w_new - w_old| / |w_old| of the one step; ``dead`` the
-    fraction of units that were zero for whole batches several samples in a row; what was not measured is
-    None. Layers come in the order of the model's modules.
+    A record is ``{"step": int, "loss": float | None, "lr": float | None, "rows": int | None, "layers": {path:
+    {key: number}}, "branches": {path: {key: number}}, "times": {path: {key: list}}, "ties": {parameter: {use:
+    number}}}``; what was not measured is None or absent. Layers come in the order of the model's modules. Of each:
+
+    - ``grad_norm``, ``weight_norm``: Euclidean norms over its trainable parameters, after the step.
+    - ``update_ratio``: |w_new - w_old| / |w_old| of the one step.
+    - ``grad_zero``, ``grad_tiny``: fraction of elements of the gradient that are exactly zero; that are not, but lie
+      below the smallest normal number of its dtype (of float16, when that is what autocast computed it in).
+    - ``stuck``: fraction of the elements with a gradient that is not zero whose weight did not change.
+    - ``turn``: (g_new . s) / (g_old . s) along the last step s that was sampled and has been followed by another.
+      With the same data: 1 where the loss is straight, 0 where the step led to the minimum along it, -1 at the
+      largest stable step, below that the steps grow.
+    - ``coherence``: cosine between this gradient and that of the sample before.
+    - ``moved``: |w - w_start| / |w_start|.
+    - ``lr``: the learning rate with which an optimiser has just stepped it; None when no optimiser did.
+    - ``without``: names of its own parameters that have no gradient, or one of zeros only.
+    - what sensors heard: ``dead``, ``saturated``, ``in_rms``, ``out_rms``, ``out_grad_rms``, ``spread``,
+      ``entropy``, ``twins`` and more, by path of a module, or ``path.relu`` for a function that it calls.
+
+    A record also has ``turn`` and ``coherence`` over all layers, ``autocast`` (a dtype's name or None), ``skipped``
+    (whether the guard left the step out) and ``origin`` (where a loss or gradient that was not finite came from, see
+    :mod:`hesse.health.origin`, or None).
+
+    Attributes:
+        records: the samples; the older ones of a long run are thinned.
+        anatomy: see :func:`anatomy`.
+        told: ``[step, loss]`` of every step whose loss is known, also between samples; the older ones of a long run
+            are thinned.
     """
 
     records: list[Record] = field(default_factory=list)
+    anatomy: Anatomy = field(default_factory=dict)
+    told: list[list[float]] = field(default_factory=list)
 
     def series(self, path: str, key: str) -> list[float]:
         """One number of one layer over time, where it was measured."""
@@ -52,95 +77,82 @@ class Stats:
         return [record["loss"] for record in self.records if record["loss"] is not None]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, DistributedDataParallel or DataParallel; any other model itself.
+
+    Example:
+        >>> inner = nn.Linear(1, 1)
+        >>> unwrapped(nn.DataParallel(inner)) is unwrapped(inner) is inner
+        True
+    """
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
 def find_layers(model: nn.Module) -> list[Layer]:
     """The layers of a model, in the order of its modules; the model itself goes by its class's name.
+
+    Parameters whose shape a lazy module does not know yet are left out.
 
     Example:
         >>> [layer.path for layer in find_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)))]
         ['0', '2']
     """
+    model = unwrapped(model)
     seen: set[int] = set()
     layers = []
     for path, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in seen]
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad and id(p) not in seen and not is_lazy(p)]
         seen |= {id(p) for p in own}
         if own:
             layers.append(Layer(path or type(model).__name__, module, tuple(own)))
     return layers
 
 
-def silent_units(y: Tensor) -> Tensor | None:
-    """Units of an activation that are zero for the whole batch, boolean of shape [units].
+def anatomy(model: nn.Module) -> Anatomy:
+    """What a model is made of, as a JSON object with an entry for each module.
 
-    Units are the channels of images and volumes [N, C, H, W, ...] and the last axis of anything smaller.
-    """
-    if y.dim() < 2 or not y.numel():
-        return None
-    unit = 1 if y.dim() > 3 else y.dim() - 1
-    return (y.detach() == 0).all(dim=[d for d in range(y.dim()) if d != unit])
+    ``{path: {"type": name of the class, "index": place among the modules, "params": {name: {"shape": [...], "dtype":
+    str, "trainable": bool}}, "tied": [other paths that hold one of its parameters]}}``. The model itself goes by its
+    class's name; shapes that a lazy module does not know yet are None.
 
-
-def measure(
-    layers: Sequence[Layer],
-    before: Sequence[Tensor] | None,
-    fractions: Mapping[str, Tensor],
-    losses: Sequence[Tensor | float | None],
-) -> tuple[list[float | None], dict[str, dict[str, float | None]]]:
-    """The losses as numbers and the numbers of every layer now, by one transfer from the device.
-
-    Args:
-        layers: as :func:`find_layers` gives them.
-        before: the parameters as they were before the step, in the layers' order, when they were kept.
-        fractions: fraction of dead units by path, scalars on the device.
-        losses: that still wait on the device, or are known, or unknown.
-    """
-    params = [p.detach() for layer in layers for p in layer.params]
-    grads = [None if p.grad is None else p.grad.detach() for layer in layers for p in layer.params]
-    present = [g.coalesce().values() if g.is_sparse else g for g in grads if g is not None]
-    columns = [_norms(params), _norms(present)]
-    if before is not None:
-        columns += [_norms(torch._foreach_sub(params, list(before))), _norms(before)]
-    columns.append(list(fractions.values()))
-    columns.append([loss.detach().reshape(()) for loss in losses if isinstance(loss, Tensor)])
-    flat = [value for column in columns for value in column]
-    values = iter(torch.stack([v.to(flat[0].device, torch.float64) for v in flat]).tolist() if flat else ())
-
-    weight = [next(values) for _ in params]
-    read = iter([_again(g) if v in (0.0, math.inf) else v for g, v in zip(present, values, strict=False)])
-    grad = [None if g is None else next(read) for g in grads]
-    move = [next(values) for _ in params] if before is not None else []
-    old = [next(values) for _ in params] if before is not None else []
-    dead = {path: next(values) for path in fractions}
-    known = [next(values) if isinstance(loss, Tensor) else loss for loss in losses]
-
-    numbers: dict[str, dict[str, float | None]] = {}
-    i = 0
-    for layer in layers:
-        span = slice(i, i + len(layer.params))
-        i = span.stop
-        size = _joint(old[span])
-        numbers[layer.path] = {
-            "grad_norm": _joint(grad[span]),
-            "weight_norm": _joint(weight[span]),
-            "update_ratio": (_joint(move[span]) or 0.0) / size if size else None,
-            "dead": dead.pop(layer.path, None),
+    Example:
+        >>> anatomy(nn.Sequential(nn.Linear(2, 3, bias=False)))["0"]
+        {'type': 'Linear', 'index': 1, 'params': {'weight': {'shape': [3, 2], 'dtype': 'float32', 'trainable': True}}, 'tied': []}
+    """  # noqa: E501
+    model = unwrapped(model)
+    owners: dict[int, list[str]] = {}
+    modules = [(path or type(model).__name__, module) for path, module in model.named_modules()]
+    for path, module in modules:
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(path)
+    parts: Anatomy = {}
+    for index, (path, module) in enumerate(modules):
+        own = dict(module.named_parameters(recurse=False))
+        parts[path] = {
+            "type": type(module).__name__,
+            "index": index,
+            "params": {name: _described(p) for name, p in own.items()},
+            "tied": list(dict.fromkeys(other for p in own.values() for other in owners[id(p)] if other != path)),
         }
-    for path, fraction in dead.items():
-        numbers[path] = {"grad_norm": None, "weight_norm": None, "update_ratio": None, "dead": fraction}
-    return known, numbers
+    return parts
 
 
-def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Euclidean norms, one kernel for all; they stay on the device."""
-    return list(torch._foreach_norm(list(tensors))) if tensors else []
+def _described(p: Tensor) -> dict[str, Any]:
+    return {
+        "shape": None if is_lazy(p) else list(p.shape),
+        "dtype": str(p.dtype).removeprefix("torch."),
+        "trainable": p.requires_grad,
+    }
 
 
-def _again(grad: Tensor) -> float:
-    """The norm in float64 (twenty times slower), for gradients whose squares leave the range."""
-    return float(torch.linalg.vector_norm(grad, dtype=torch.float64))
-
-
-def _joint(norms: Sequence[float | None]) -> float | None:
-    """The norm of the parts together; parts without a number are left out."""
-    known = [n for n in norms if n is not None]
-    return sum(n * n for n in known) ** 0.5 if known else None
+def same_parameters(layers: Sequence[Layer], others: Sequence[Layer]) -> bool:
+    """Whether two lists name the same tensors at the same places."""
+    return [(layer.path, *map(id, layer.params)) for layer in layers] == [
+        (layer.path, *map(id, layer.params)) for layer in others
+    ]

@@ -1,8 +1,9 @@
 """What all charts of the report share: the figure, its axes, its colours and the names on it.
 
-A figure is a plain dictionary, as plotly.js takes it, with two liberties that the page's script resolves in
+A figure is a plain dictionary, as plotly.js takes it, with liberties that the page's script resolves in
 the browser. A colour is a reference to the page's style sheet (``"var(--series-1)"``), so that one palette
-serves light, dark and paper. And ``"narrow"`` holds what a phone needs to have different in the layout.
+serves light, dark and paper. And ``"narrow"`` holds what a phone needs to have different in the layout. A figure that
+shows one of several things at a time has ``"choices"`` (see :mod:`hesse.report.layer_curves`).
 
 Names of layers, classes and modalities come from people's data. Plotly reads its texts as a small HTML, so
 each passes through :func:`labels` on its way into a figure.
@@ -59,6 +60,7 @@ class Chart:
         alt: what it shows, in words.
         figure: ``data``, ``layout`` and, if a phone needs changes to the layout, ``narrow``.
         height: in pixels.
+        wide: whether it takes the width of the page, also beside others.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Chart:
     alt: str
     figure: Figure
     height: int = 320
+    wide: bool = False
 
 
 def labels(names: Sequence[str], width: int = 40) -> list[str]:

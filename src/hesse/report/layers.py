@@ -2,7 +2,7 @@
 
 A layer is a row or a line, in the order of the network. Both charts of layers are of ratios, gradient to
 weight and update to weight, because a gradient's size means nothing by itself: layers differ in scale by
-nature.
+nature. What the rules found is marked where and when they found it (see :mod:`hesse.report.marks`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hesse.finding import Finding
 from hesse.report.figure import (
     DASHES,
     SERIES,
@@ -29,6 +30,7 @@ from hesse.report.figure import (
     scale,
     thin,
 )
+from hesse.report.marks import WHOLE, called, marks, trace
 
 __all__ = ["gradients", "steps", "updates"]
 
@@ -60,9 +62,13 @@ def group(name: str) -> str:
     return ".".join(parts[: 2 if parts[0] == "encoders" and len(parts) > 2 else 1])
 
 
-def gradients(rows: Sequence[Row]) -> Chart | None:
-    """Heat map over steps of log10(gradient norm / weight norm), one row a layer, inputs at the top."""
-    rows = thin([row for row in rows if row.get("layers")], MOMENTS)
+def gradients(rows: Sequence[Row], findings: Sequence[Finding] = ()) -> Chart | None:
+    """Heat map over steps of log10(gradient norm / weight norm), one row a layer, inputs at the top.
+
+    Findings are marks on it, at their layer and step.
+    """
+    every_row = [row for row in rows if row.get("layers")]
+    rows = thin(every_row, MOMENTS)
     names = _names(rows)
     ratio = np.full((len(names), len(rows)), np.nan)
     for k, row in enumerate(rows):
@@ -78,8 +84,12 @@ def gradients(rows: Sequence[Row]) -> Chart | None:
     low, high = (float(q) for q in np.quantile(known, (0.01, 0.99)))
     high = max(high, low + 0.5)
     every = math.ceil(len(names) / NAMED)
-    shown = labels(names, 40)
-    brief = labels([name.removeprefix("encoders.") for name in names], 18)
+    found = marks(findings, names, called(every_row))
+    extra = [WHOLE] if any(mark.row == WHOLE for mark in found) else []
+    shown = labels([*extra, *names], 40)
+    brief = labels([*extra, *(name.removeprefix("encoders.") for name in names)], 18)
+    label = dict(zip([*extra, *names], shown, strict=True))
+    told = " Marked with findings: " + "; ".join(f"{m.row} at step {m.step}" for m in found) + "." if found else ""
     step = max(1, math.ceil((high - low) / 6))
     powers = list(range(math.ceil(low), math.floor(high) + 1, step))
     reached = np.isfinite(ratio).any(axis=1)
@@ -90,25 +100,28 @@ def gradients(rows: Sequence[Row]) -> Chart | None:
         "Gradient norm relative to weight norm, log scale",
         f"Heat map of {len(names)} layers over {len(rows)} moments. The weakest gradient, by the median, is "
         f"that of {weakest} at 10 to the power {median.min():.1f}; the strongest median is "
-        f"{median.max():.1f}.",
+        f"{median.max():.1f}.{told}",
         {
             "data": [
                 {
                     "type": "heatmap",
                     "x": [row["step"] for row in rows],
                     "y": shown,
-                    "z": rounded(ratio),
+                    "z": [[None] * len(rows)] * len(extra) + rounded(ratio),
                     "coloraxis": "coloraxis",
                     "hoverongaps": False,
                     "hovertemplate": "<b>%{y}</b><br>step %{x}: 10<sup>%{z:.2f}</sup><extra></extra>",
-                }
+                },
+                *([trace(found, [label[mark.row] for mark in found])] if found else []),
             ],
             "layout": layout(
-                axis("step", showgrid=False),
+                axis("step", showgrid=False, range=_ends([row["step"] for row in rows], [mark.step for mark in found])),
                 axis(
                     type="category",
                     autorange="reversed",
                     showgrid=False,
+                    categoryorder="array",
+                    categoryarray=shown,
                     tickmode="array",
                     tickvals=shown[::every],
                     ticktext=shown[::every],
@@ -135,14 +148,22 @@ def gradients(rows: Sequence[Row]) -> Chart | None:
                     },
                 },
             ),
+            "chooses": "layer",  # the chart that a click on a row turns to that layer
             "narrow": {
                 "yaxis": {"ticktext": brief[::every]},
                 "coloraxis": {"colorbar": {"len": 1}},
                 "font": {"size": 11},
             },
         },
-        130 + min(900, max(160, 22 * len(names))),
+        130 + min(900, max(160, 22 * len(shown))),
+        wide=True,
     )
+
+
+def _ends(steps: Sequence[int], marked: Sequence[int]) -> list[float]:
+    """The ends of the axis: the edges of the outer cells, which reach half-way to their neighbours, and every mark."""
+    first, last = (steps[1] - steps[0], steps[-1] - steps[-2]) if len(steps) > 1 else (1, 1)
+    return [min([steps[0] - first / 2, *marked]), max([steps[-1] + last / 2, *marked])]
 
 
 def updates(rows: Sequence[Row]) -> Chart | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from hesse.files import write_text
 from hesse.finding import Finding
-from hesse.report import charts, layers
+from hesse.report import charts, layer_curves, layers
 from hesse.report.figure import Chart, percent
 from hesse.report.records import Records, read
 
@@ -70,7 +70,7 @@ def render(template: str, drawn: Sequence[Chart], **values: Any) -> str:
     )
     # Strict JSON in the order given; jinja's tojson escapes what could end the script element it stands in.
     page.policies["json.dumps_kwargs"] = {"allow_nan": False, "ensure_ascii": False, "separators": (",", ":")}
-    page.filters |= {"percent": percent, "duration": duration, "value": _value, "brief": _brief}
+    page.filters |= {"percent": percent, "duration": duration, "value": _value, "brief": _brief, "seen": _seen}
     figures = {chart.name: chart.figure for chart in drawn}
     return page.get_template(template).render(figures=figures, plotly=get_plotlyjs(), **values)
 
@@ -115,14 +115,17 @@ def _sections(run: Records) -> Iterator[Section]:
     )
     yield _errors(run)
     yield _modalities(run)
+    findings = [Finding(**f) for f in run.findings]
     yield Section(
         "gradients",
         "Gradients, layer by layer",
         "One row is a layer, from the inputs at the top to the output at the bottom; one column is a moment "
         "of the training. Colour is the norm of the gradient divided by that of the weight. A row that "
         "fades into the page learns less and less (vanishing); one that stands out ever more may be "
-        "exploding; where there was no gradient at all, the cell is grey.",
-        _drawn(layers.gradients(run.layers)),
+        "exploding; where there was no gradient at all, the cell is grey. A cross is an error, a triangle a "
+        "warning and a circle a note, at its layer and step: point at it to read it. Click on a row, or choose "
+        "from the list, to see a layer's own curves below.",
+        _drawn(layers.gradients(run.layers, findings), layer_curves.curves(run.layers, findings)),
         "No gradient was recorded: layers.jsonl is missing or empty.",
     )
     yield Section(
@@ -300,6 +303,11 @@ def _value(value: float | None, score: str = "") -> str:
     if value is None:
         return "–"
     return percent(value) if score == "accuracy" else f"{value:.3f}"
+
+
+def _seen(value: float | int | str) -> str:
+    """What a finding has seen, or held it against."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _brief(text: object, width: int = 80) -> str:

@@ -30,6 +30,7 @@ __all__ = ["Plan", "State", "batches", "diverged", "finished", "judge", "out_of_
 
 MODALITY_DROPOUT = 0.1  # so that the head has met absent modalities before prediction does
 MOST_STEPS_KEPT = 1000
+SAMPLED = 10  # steps between the monitor's samples: not a share of the time, so that a resumed run repeats them
 TUNED = ("damping", "lr", "momentum", "rejections", "trust_ratio")
 
 
@@ -96,7 +97,7 @@ class State:
 
 def start(model: FusedModel, optimizer: torch.optim.Optimizer, replica: nn.Module | None = None) -> State:
     """The state before the first step."""
-    return State(model, averaged(model), optimizer, Monitor(model), replica or model)
+    return State(model, averaged(model), optimizer, Monitor(model, every=SAMPLED, guard=None), replica or model)
 
 
 def batches(plan: Plan, epoch: int) -> list[tuple[Tensor, Tensor]]:

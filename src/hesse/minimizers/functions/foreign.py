@@ -2,21 +2,17 @@
 
 The type of ``x0`` says whose function it is. Three things of it are made there, on one flat array: the value, the
 gradient, and the gradient's derivative along a vector, or along several at once, of which the Hessian is the case of
-all unit vectors. JAX goes forward over reverse (``jvp`` of ``grad``), TensorFlow back through a tape of a tape. Arrays
-change hands by DLPack: both libraries look at the same memory, and nothing is copied.
+all unit vectors. How each library makes them, and shares its memory with torch, is in :mod:`hesse.objective.foreign`.
 
 Functions are compiled (``jax.jit``, ``tf.function``), since second derivatives operation by operation take 10 to 500
 times as long, and the first call no less. What cannot be compiled (Python branches on values, NumPy inside) runs as it
 is. Compiling needs what these libraries ask of every function: it depends on x alone, and side effects do not matter.
-
-Neither library is imported here unless the user has done so.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,46 +21,17 @@ from torch import Tensor
 
 from hesse.minimizers.functions.border import Border
 from hesse.minimizers.functions.function import Counts
+from hesse.objective.foreign import Array, Autodiff, home, language
 from hesse.tree import Layout
 
-__all__ = ["Foreign", "ForeignBorder", "Language", "foreign_border", "language", "language_of"]
+__all__ = ["Foreign", "ForeignBorder", "foreign_border", "language", "language_of"]
 
-Array = Any  # of the other library
 BLOCK = 1 << 22  # elements of the Hessian formed at once
 # What tracing raises, and what may be the user's own mistake: that one comes again when the function runs as it is.
 UNTRACEABLE = (TypeError, ValueError, AttributeError, IndexError, NotImplementedError)
 
 
-@dataclass(frozen=True, slots=True)
-class Language:
-    """What another library has to offer.
-
-    Args:
-        name: "jax" or "tensorflow".
-        about: how derivatives are made, for the message of a result.
-        owns: whether a value is one of its arrays.
-        give: a torch tensor as its array, in the same memory: the array must not be changed.
-        take: its array as a torch tensor, in the same memory: the tensor must not be changed.
-        reshape: of its arrays.
-        compile: a function made faster.
-        slope: from ``f(x)`` to its gradient, a function of ``x`` [n].
-        bend: from ``f(x)`` to ``(x, v) -> H v`` [n].
-        rows: from ``f(x)`` to ``(x, V) -> V H`` [k, n].
-    """
-
-    name: str
-    about: str
-    owns: Callable[[Any], bool]
-    give: Callable[[Tensor], Array]
-    take: Callable[[Array], Tensor]
-    reshape: Callable[[Array, tuple[int, ...]], Array]
-    compile: Callable[[Callable[..., Array]], Callable[..., Array]]
-    slope: Callable[[Callable[[Array], Array]], Callable[[Array], Array]]
-    bend: Callable[[Callable[[Array], Array]], Callable[[Array, Array], Array]]
-    rows: Callable[[Callable[[Array], Array]], Callable[[Array, Array], Array]]
-
-
-def language_of(x0: Any) -> Language | None:
+def language_of(x0: Any) -> Autodiff | None:
     """The library of ``x0``, an array or a dict of arrays; None for torch, NumPy and all else.
 
     Raises:
@@ -80,9 +47,7 @@ def language_of(x0: Any) -> Language | None:
             "x0 is a dict of dicts; it must be an array or one dict of arrays. Flatten it, with "
             "jax.flatten_util.ravel_pytree or tf.nest.flatten, and build the parameters inside fun."
         )
-    # By the name of the type: that another module called jax or tensorflow is loaded does not make it the library.
-    homes = [_HOMES.get(type(value).__module__.partition(".")[0]) for value in values]
-    names = {name for name in homes if name is not None}
+    names = {name for value in values if (name := home(value)) is not None and name != "numpy"}
     if not names:
         return None
     own = language(names.pop())
@@ -90,23 +55,6 @@ def language_of(x0: Any) -> Language | None:
         kinds = ", ".join(sorted({f"{type(v).__module__.split('.')[0]}.{type(v).__name__}" for v in values}))
         raise TypeError(f"x0 must be an array of {own.name}, or a dict of such; got {kinds}.")
     return own
-
-
-def language(name: str) -> Language:
-    """The library of that name.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-        ValueError: neither "jax" nor "tensorflow".
-    """
-    if name not in _LANGUAGES:
-        raise ValueError(f"language must be one of {', '.join(map(repr, _LANGUAGES))}; got {name!r}.")
-    try:
-        return _LANGUAGES[name]()
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"a function of {name} arrays needs {name}, which cannot be imported: pip install hesse[{name}]."
-        ) from error
 
 
 # --- x ----------------------------------------------------------------------------------------------------------------
@@ -121,7 +69,7 @@ class ForeignBorder(Border):
         layout: names and shapes; the name of a lone array is empty.
     """
 
-    def __init__(self, x0: Tensor, own: Language, layout: Layout) -> None:
+    def __init__(self, x0: Tensor, own: Autodiff, layout: Layout) -> None:
         self.own, self.layout, self.language = own, layout, own.name
         super().__init__(x0)
 
@@ -164,7 +112,7 @@ class ForeignBorder(Border):
         return self.own.give(H)
 
 
-def foreign_border(x0: Any, own: Language) -> ForeignBorder:
+def foreign_border(x0: Any, own: Autodiff) -> ForeignBorder:
     """The border of a start.
 
     Args:
@@ -254,7 +202,7 @@ class Foreign:
         return (H + H.T) / 2
 
 
-def _fast(own: Language, function: Callable[..., Array]) -> Callable[..., Array]:
+def _fast(own: Autodiff, function: Callable[..., Array]) -> Callable[..., Array]:
     """The function compiled, or as it is from the first time on that it cannot be."""
     compiled: Callable[..., Array] | None = own.compile(function)
 
@@ -270,87 +218,3 @@ def _fast(own: Language, function: Callable[..., Array]) -> Callable[..., Array]
         return function(*args)
 
     return call
-
-
-# --- the libraries ----------------------------------------------------------------------------------------------------
-
-
-def _jax() -> Language:
-    jax: Any = importlib.import_module("jax")
-    dlpack: Any = importlib.import_module("jax.dlpack")
-
-    def bend(f: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
-        slope = jax.grad(f)
-        return lambda x, v: jax.jvp(slope, (x,), (v,))[1]
-
-    def rows(f: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
-        one = bend(f)
-        return lambda x, V: jax.vmap(lambda v: one(x, v))(V)
-
-    return Language(
-        name="jax",
-        about="JAX autodiff",
-        owns=lambda value: isinstance(value, jax.Array),
-        give=lambda x: dlpack.from_dlpack(x.detach().contiguous()),
-        take=lambda array: torch.utils.dlpack.from_dlpack(jax.block_until_ready(array)),
-        reshape=lambda array, shape: array.reshape(shape),
-        compile=jax.jit,
-        slope=jax.grad,
-        bend=bend,
-        rows=rows,
-    )
-
-
-def _tensorflow() -> Language:
-    tf: Any = importlib.import_module("tensorflow")
-    zero = tf.UnconnectedGradients.ZERO
-
-    def slope(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
-        def gradient(x: Array) -> Array:
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(x)
-                value = f(x)
-            return tape.gradient(value, x, unconnected_gradients=zero)
-
-        return gradient
-
-    def bend(f: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
-        gradient = slope(f)
-
-        def product(x: Array, v: Array) -> Array:
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(x)
-                g = gradient(x)
-            return tape.gradient(g, x, output_gradients=v, unconnected_gradients=zero)
-
-        return product
-
-    def rows(f: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
-        gradient = slope(f)
-
-        def products(x: Array, V: Array) -> Array:
-            with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-                tape.watch(x)
-                g = gradient(x)
-            return tf.vectorized_map(lambda v: tape.gradient(g, x, output_gradients=v, unconnected_gradients=zero), V)
-
-        return products
-
-    return Language(
-        name="tensorflow",
-        about="TensorFlow autodiff",
-        owns=lambda value: isinstance(value, tf.Tensor | tf.Variable),
-        give=lambda x: tf.experimental.dlpack.from_dlpack(x.detach().contiguous().__dlpack__()),
-        take=lambda array: torch.utils.dlpack.from_dlpack(
-            tf.experimental.dlpack.to_dlpack(tf.convert_to_tensor(array))
-        ),
-        reshape=lambda array, shape: tf.reshape(array, shape),
-        compile=tf.function,
-        slope=slope,
-        bend=bend,
-        rows=rows,
-    )
-
-
-_HOMES = {"jax": "jax", "jaxlib": "jax", "tensorflow": "tensorflow"}
-_LANGUAGES: dict[str, Callable[[], Language]] = {"jax": _jax, "tensorflow": _tensorflow}

@@ -1,0 +1,156 @@
+"""Initial weights that lose the signal on its way forward: it shrinks, grows, or becomes the same for every example.
+
+Weights of variance gain^2 / fan-in keep the scale of a signal through any depth; a steady factor a layer other than
+one is raised to the power of the depth (Glorot and Bengio 2010; He et al. 2015, https://arxiv.org/abs/1502.01852;
+Poole et al. 2016, https://arxiv.org/abs/1606.05340, on examples that become alike).
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+
+from hesse.finding import Finding
+from hesse.health.rules.curves import FIRST, curve, growth, number, profile, weighted
+from hesse.health.rules.saturation import MOST
+from hesse.health.rules.vanishing import LOST, fading, shares
+from hesse.health.stats import Record, Stats
+
+__all__ = ["bad_init"]
+
+FAR = 1e3  # between the first layer's input and the last layer's
+STEADY = 0.75  # of the layers take part in it
+LARGE = 5.0  # times what its siblings, and what an orthogonal weight, would give
+
+
+def bad_init(stats: Stats) -> list[Finding]:
+    """Initial weights whose layers multiply the signal, or wash out what tells the examples apart.
+
+    Judged by the first samples only, comparing layers with each other: the size of their inputs from the first to
+    the last, which a good start keeps and a steady factor a layer does not; how much their outputs differ between
+    examples, compared with the first layer's; and the last layer's output with its input, its siblings' gain and the
+    loss: a loss that the outputs' own size explains starts far above what a constant prediction would reach.
+    """
+    if not stats.records or len(stats.records) > FIRST:
+        return []
+    record = stats.records[0]
+    paths = weighted(stats, record)
+    return _scale(stats, record, paths) or _alike(stats, record, paths) or _outputs(stats, record, paths)
+
+
+def _scale(stats: Stats, record: Record, paths: list[str]) -> list[Finding]:
+    sizes = profile(record, "in_rms", paths)
+    if len(sizes) < 4:
+        return []
+    change = growth(list(sizes.values()))
+    if change is None or 1 / FAR < change[0] < FAR or change[1] < STEADY:
+        return []
+    factor = change[0] ** (1 / (len(sizes) - 1))
+    first, last = next(iter(sizes)), list(sizes)[-1]
+    verb = "shrinks" if factor < 1 else "grows"
+    return [
+        _finding(
+            stats,
+            first,
+            f"From {first} to {last} the signal {verb} by a factor of {factor:.2g} a layer, {change[0]:.1e} in all.",
+            "Scale the initial weights to what the activation preserves: torch.nn.init.kaiming_normal_ for ReLU, "
+            "xavier_normal_ for tanh; or put a normalisation layer after each.",
+            change[0],
+            FAR,
+            "in_rms",
+            sizes,
+        )
+    ]
+
+
+def _alike(stats: Stats, record: Record, paths: list[str]) -> list[Finding]:
+    """Outputs that are the same for every example from one hidden layer on, though the first layer's are not.
+
+    Silent where the gradient is lost with the signal, or units are dead or saturated: that has a name of its own.
+    """
+    spreads = {p: s for p, s in profile(record, "spread", paths[:-1]).items() if record["layers"][p].get("out_rms")}
+    if len(spreads) < 2:
+        return []
+    (first, usual), *rest = spreads.items()
+    gone: list[str] = []
+    for path, spread in reversed(rest):
+        if spread >= usual / FAR:
+            break
+        gone.insert(0, path)
+    if not gone or fading(stats, record) or _blocked(record, gone[0]):
+        return []
+    where = gone[0]
+    return [
+        _finding(
+            stats,
+            where,
+            f"Its outputs are the same for every example: they differ by {spreads[where]:.1e} of their size, those of "
+            f"{first} by {usual:.1e}.",
+            "Larger initial weights and biases at zero (torch.nn.init.kaiming_normal_ for ReLU, xavier_normal_ for "
+            "tanh), skip connections, or normalisation layers.",
+            spreads[where],
+            usual / FAR,
+            "spread",
+            spreads,
+        )
+    ]
+
+
+def _blocked(record: Record, where: str) -> bool:
+    layers = record["layers"]
+    saturated = any((number(layer, "saturated") or 0.0) >= MOST for layer in layers.values())
+    return saturated or layers[where].get("in_rms") == 0 or any(s < LOST for s in shares(record).values())
+
+
+def _outputs(stats: Stats, record: Record, paths: list[str]) -> list[Finding]:
+    """Outputs so large that the loss is about them and not about the data."""
+    loss = record["loss"]
+    if not paths or loss is None or not math.isfinite(loss):
+        return []
+    gains = {
+        path: out / size
+        for path in paths
+        if (out := number(record["layers"][path], "out_rms")) and (size := number(record["layers"][path], "in_rms"))
+    }
+    head = paths[-1]
+    if head not in gains:
+        return []
+    out = record["layers"][head]["out_rms"]
+    usual = median([gain for path, gain in gains.items() if path != head] or [1.0])
+    whole = out / (number(record["layers"][next(iter(gains))], "in_rms") or out)
+    alone = gains[head] > LARGE * max(1.0, usual)
+    if not alone and not (whole > LARGE**2 and usual > 2):
+        return []
+    # The loss of outputs that swamp the targets: their square, or, of logits, about their size.
+    if not (0.5 < loss / out**2 < 2 or (out > LARGE and 0.3 < loss / out < 6)):
+        return []
+    where = head if alone else max(gains, key=lambda path: gains[path])
+    return [
+        _finding(
+            stats,
+            where,
+            f"It multiplies the size of its input by {gains[where]:.1f}, and the outputs ({out:.1f}) are so large that "
+            f"the loss starts at {loss:.3g} for their size alone.",
+            "Scale its initial weights down, to a variance of one over the number of inputs (torch.nn.init."
+            "xavier_normal_) or less; a last layer may start at zero.",
+            gains[where],
+            LARGE * max(1.0, usual) if alone else 2.0,
+            "out_rms",
+            gains,
+        )
+    ]
+
+
+def _finding(
+    stats: Stats, where: str, message: str, remedy: str, value: float, limit: float, key: str, sizes: dict[str, float]
+) -> Finding:
+    return Finding(
+        "bad_init",
+        where,
+        message,
+        remedy,
+        value=value,
+        limit=limit,
+        step=stats.records[-1]["step"],
+        evidence={**curve(stats, where, key), "profile": sizes},
+    )

@@ -1,0 +1,60 @@
+"""First samples that lose the signal, and starts that are odd on purpose."""
+
+from __future__ import annotations
+
+import pytest
+
+from health_runs.records import CHAIN, written
+from hesse.health.rules import bad_init
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0], ids=["shrinks", "grows"])
+def test_a_steady_factor_a_layer(factor: float) -> None:
+    [finding] = bad_init(written({path: {"in_rms": factor**i} for i, path in enumerate(CHAIN)}, samples=1))
+    assert (finding.kind, finding.where, finding.step) == ("bad_init", "0", 1)
+    assert finding.value == pytest.approx(factor**4)
+    assert ("shrinks" if factor < 1 else "grows") in finding.message
+    assert finding.evidence["profile"]["4"] == pytest.approx(factor**2)
+
+
+def test_outputs_that_are_the_same_for_every_example() -> None:
+    [finding] = bad_init(written({path: {"spread": 1e-6} for path in ("4", "6", "8")}, samples=1))
+    assert finding.where == "4" and finding.evidence["profile"]["2"] == 0.8
+
+
+def test_a_head_so_large_that_the_loss_is_about_its_outputs() -> None:
+    [finding] = bad_init(written({"8": {"out_rms": 40.0}}, samples=1, loss=60.0))  # logits
+    assert finding.where == "8" and finding.value == pytest.approx(40.0)
+    [finding] = bad_init(written({"8": {"out_rms": 40.0}}, samples=1, loss=1600.0))  # squares
+    assert finding.where == "8"
+    assert bad_init(written({"8": {"out_rms": 40.0}}, samples=1, loss=1.0)) == []  # and that is well explained
+
+
+HEALTHY = {
+    "nothing yet": written(samples=0),
+    "like layers": written(samples=1),
+    "one narrow place": written({"4": {"in_rms": 1e-4}}, samples=1),
+    "a zero head": written({"8": {"out_rms": 0.0, "spread": 0.0}}, samples=1),
+    "zero blocks": written({"4": {"out_rms": 0.0, "spread": 0.0}, "8": {"out_rms": 0.0, "spread": 0.0}}, samples=1),
+    "a side branch that is constant at first": written({"4": {"spread": 1e-9}}, samples=1),
+    "a head that starts at the mean of far targets": written({"8": {"spread": 1e-4, "out_rms": 100.0}}, samples=1),
+    "far targets": written(samples=1, loss=1e6),
+    "long after the start": written({path: {"in_rms": 10.0**i} for i, path in enumerate(CHAIN)}, samples=9),
+    "units that are saturated, which has its own name": written(
+        {"3": {"saturated": 1.0}, **{path: {"spread": 1e-6} for path in ("4", "6", "8")}}, samples=1
+    ),
+    "units that are dead, likewise": written(
+        {"4": {"in_rms": 0.0, "spread": 1e-6}, "6": {"spread": 1e-6}, "8": {"spread": 1e-6}}, samples=1
+    ),
+    "a blocked gradient, likewise": written(
+        {"0": {"grad_norm": 1e-9}, **{path: {"spread": 1e-6} for path in ("4", "6", "8")}}, samples=1
+    ),
+    "a fading gradient, which has its own name": written(
+        {path: {"grad_norm": 0.2 ** (4 - i), "spread": 0.1**i} for i, path in enumerate(CHAIN)}, samples=1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_starts(name: str) -> None:
+    assert bad_init(HEALTHY[name]) == []
