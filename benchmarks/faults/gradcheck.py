@@ -2,7 +2,8 @@
 
 The model is copied to float64, its parameters (and inputs that ask for a gradient) are the arguments, the seed is set
 in the function, so that dropout is the same at every evaluation. Cases of second derivatives go to ``gradgradcheck``.
-It says that something is wrong or that nothing is; it does not say where.
+It says that something is wrong or that nothing is; it does not say where. It moves every number by itself, which
+takes long in a model that is not tiny: after ``SECONDS`` of processor time it is given up.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from time import process_time
 from typing import Any
 
 import torch
@@ -17,16 +19,25 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 from torch.func import functional_call
 
-__all__ = ["notices"]
+__all__ = ["SECONDS", "notices"]
+
+SECONDS = 20.0
 
 
 def notices(subject: Any, inputs: Any, check: str) -> bool | str:
     """Whether it says that the gradient is wrong; or why it could not be asked."""
+    end = process_time() + SECONDS
+
+    def in_time(*tensors: Tensor) -> Any:
+        if process_time() > end:
+            raise TimeoutError(f"no answer after {SECONDS:g} s")
+        return function(*tensors)
+
     try:
         function, arguments = _function(subject, inputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            (gradgradcheck if check == "hessian" else gradcheck)(function, arguments)
+            (gradgradcheck if check == "hessian" else gradcheck)(in_time, arguments)
     except GradcheckError as error:
         refusal = "sparse" in str(error) or "complex" in str(error)
         return f"cannot: {error}" if refusal else True

@@ -13,18 +13,15 @@ import torch
 from benchmarks.faults.gradcheck import notices
 from blind import corpus
 from blind.case import judged
-from gradient_faults import numbers, paths, pointwise, second, settings, structured
+from gradient_faults import estimators, losses, numbers, paths, pointwise, second, settings, structured
 from gradient_faults.case import Fault, Healthy
 from gradient_faults.healthy import HEALTHY
 from gradient_faults.models import MODELS
 from hesse import check
 
-DEVELOPMENT = (
-    [*pointwise.FAULTS, *structured.FAULTS, *settings.FAULTS, *paths.FAULTS, *numbers.FAULTS, *second.FAULTS],
-    [*HEALTHY, *MODELS],
-)
+MODULES = (pointwise, structured, settings, losses, estimators, paths, numbers, second)
 CORPORA: dict[str, tuple[list[Fault], list[Healthy]]] = {
-    "development": DEVELOPMENT,
+    "development": ([fault for module in MODULES for fault in module.FAULTS], [*HEALTHY, *MODELS]),
     "blind": (corpus.FAULTS, corpus.HEALTHY),
 }
 
@@ -71,9 +68,9 @@ def main() -> None:
             ]
             print(f"| {name} | {tool} | " + " | ".join(cells) + " |", flush=True)
             misses += [f"- {name}, {tool}, {case}: {wrong}" for case, wrong in score.wrong.items() if wrong]
-            misses += [f"- {name}, {tool}, twin of {case}: {said}" for case, said in score.twins.items()]
-            misses += [f"- {name}, {tool}, healthy {case}: {said}" for case, said in score.healthy.items()]
-    print("\nNot right, and false alarms (empty place: what was said instead):\n")
+            misses += [f"- {name}, {tool}, false alarm, twin of {case}: {said}" for case, said in score.twins.items()]
+            misses += [f"- {name}, {tool}, false alarm, {case}: {said}" for case, said in score.healthy.items()]
+    print("\nWhat is not right, and what is said instead:\n")
     print("\n".join(misses) + "\n")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Run", "alarms", "healthy", "judged", "pathologies", "tail", "told", "trained"]
+__all__ = ["Run", "alarms", "healthy", "judged", "pathologies", "tail", "trained"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Run:
         kinds: what the pathology may be called.
         where: the places that may be named; those ending in ``*`` are prefixes; empty: any place.
         latest: the last step at which it is in time to say so.
+        quiet: kinds that count although they are information, no alarm.
     """
 
     train: Callable[[Any, bool], Sequence[float]]
@@ -31,6 +32,7 @@ class Run:
     kinds: str = ""
     where: str = ""
     latest: int = 0
+    quiet: str = "plateau"
 
     @property
     def name(self) -> str:
@@ -92,18 +94,13 @@ def alarms(monitor: Any) -> list[Any]:
     return [finding for finding in monitor.report().findings if finding.severity != "info"]
 
 
-def told(monitor: Any) -> list[Any]:
-    """Findings that count for a sick training: a plateau is no alarm, and said."""
-    return [f for f in monitor.report().findings if f.severity != "info" or f.kind == "plateau"]
-
-
 def judged(run: Run, monitor: Any) -> dict[str, Any]:
     """What the monitor of a sick training gets wrong, by aspect, and what it says instead.
 
     ``kind``: none of what was found has an accepted one. ``place``: where the first of an accepted kind was found.
     ``time``: the step at which the first of an accepted kind was said. Not found at all is wrong in ``found`` alone.
     """
-    found = told(monitor)
+    found = [f for f in monitor.report().findings if f.severity != "info" or f.kind in run.quiet.split()]
     if not found:
         return {"found": "nothing"}
     right = [f for f in found if f.kind in run.kinds.split()]

@@ -16,7 +16,12 @@ from hesse import check
 SECONDS = 3.0  # what a case may take on one core
 
 # What is not right yet, by case and aspect, and what is said instead. Strict: a line that has become right goes.
-MISSES: dict[str, dict[str, Any]] = {}
+MISSES: dict[str, dict[str, Any]] = {
+    # A sparse matrix times features, its transpose forgotten.
+    "directed_adjacency": {"kind": "wrong_gradient"},
+    # A layer norm without the mean of grad * xhat; it is a sum that is missing, the case wanted no more than "wrong".
+    "layer_norm_without_mean_terms": {"kind": "missing_sum"},
+}
 
 
 def checked(case: Fault | Healthy, *broken: bool) -> check.Report:

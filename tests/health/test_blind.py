@@ -11,7 +11,10 @@ from blind.runs import Run, alarms, judged, tail, trained
 from blind.trainings import HEALTHY, SICK
 
 # What is not right yet, by training and aspect, and what is said instead. Strict: a line that has become right goes.
-MISSES: dict[str, dict[str, Any]] = {}
+MISSES: dict[str, dict[str, Any]] = {
+    # Said at step 15 as curvature, but as information: the loss keeps falling, and the case wanted an alarm.
+    "edge_of_stability": {"found": "nothing"},
+}
 
 
 @pytest.mark.parametrize("run", SICK, ids=lambda run: run.name)

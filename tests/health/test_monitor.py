@@ -606,6 +606,7 @@ def test_a_loss_out_of_the_ordinary_asks_for_a_sample() -> None:
                 w._observer.pace._last = 100
                 w._observer.pace._plain.extend([1.0] * 51)
                 w._observer.pace._sampled.extend([4.0] * 5)  # an interval of a hundred steps
+                w._observer.pace._chosen = None
     assert [r["step"] for r in w.records if 140 < r["step"] < 160] == [151]
 
 

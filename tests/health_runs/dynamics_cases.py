@@ -309,7 +309,7 @@ HEALTHY: dict[str, Run] = {
     "converged": replace(classify, optimizer=adam(0.01), steps=400),
     "tied language model": language,
     "tied language model, SGD": replace(language, optimizer=sgd(0.3, 0.9), steps=200, gain=0.9),
-    "tied, unit variance": replace(language, model=lambda: LanguageModel(std=1.0)),
+    "tied, larger weights": replace(language, model=lambda: LanguageModel(std=0.2)),
     "clipped": replace(language, before=clip(0.5)),
     "bfloat16 autocast": replace(classify, autocast=torch.bfloat16, loss=scaled_loss(1.0)),
     "float16 autocast with a scaler": replace(

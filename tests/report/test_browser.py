@@ -176,11 +176,16 @@ def test_a_click_on_a_row_shows_the_curves_of_its_layer(browser: Any, plain: Pat
     return [box.left + layout.xaxis.d2p(9), box.top + layout.yaxis.c2p(arguments[0])]"""
     for row in (3, 11):
         name = choices[row]["name"]
-        x, y = point(browser, place, name, row)
-        for kind in ("mousePressed", "mouseReleased"):
-            event = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
-            browser.execute_cdp_cmd("Input.dispatchMouseEvent", event)
-        WebDriverWait(browser, 10).until(lambda _, name=name: drawn(browser)[0] == name)
+
+        def clicked(_: Any, row: int = row, name: str = name) -> bool:
+            """Again and again: on a busy machine a click may come before the chart is ready for it."""
+            x, y = point(browser, place, name, row)
+            for kind in ("mousePressed", "mouseReleased"):
+                event = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
+                browser.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+            return bool(drawn(browser)[0] == name)
+
+        WebDriverWait(browser, 20).until(clicked)
         assert drawn(browser)[1] == choices[row]["traces"][0]["y"]
     assert browser.get_log("browser") == []
 

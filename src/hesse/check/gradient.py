@@ -5,7 +5,7 @@ hooks: along a few directions it must agree with differences of the loss, within
 differences themselves tell (see :mod:`hesse.check.differences`). That costs a few gradients at any size, and is
 all there is when it agrees and nothing was met that autograd does not vouch for. The second look goes to those
 things first, custom Functions, hooks and places where gradients stop, each by itself
-(:mod:`hesse.check.boundaries`); to every module only if the whole is still wrong without them.
+(:mod:`hesse.check.parts.boundaries`); to every module only if the whole is still wrong without them.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesse.check.accepted import excuse, hold
-from hesse.check.bends import bent
-from hesse.check.boundaries import Culprit, Judge, taken_apart
-from hesse.check.calls import BROKEN, Call, Key, finite, inside, real
-from hesse.check.causes import leaping
 from hesse.check.differences import BLUNT, Probe, Slope, own_scales
-from hesse.check.evident import accumulated, drifts, non_finite, not_deterministic, overflow, overwritten, refused
-from hesse.check.foreign import is_foreign
-from hesse.check.foreign_checks import foreign_gradients
-from hesse.check.forward_mode import function_jvps
-from hesse.check.hooks import hooks_of
-from hesse.check.pieces import Pieces
-from hesse.check.replay import Replay
+from hesse.check.foreign.arrays import is_foreign
+from hesse.check.foreign.checks import foreign_gradients
+from hesse.check.parts.accepted import excuse, hold
+from hesse.check.parts.bends import bent
+from hesse.check.parts.boundaries import Culprit, Judge, taken_apart
+from hesse.check.parts.causes import leaping
+from hesse.check.parts.evident import accumulated, drifts, non_finite, not_deterministic, overflow, overwritten, refused
+from hesse.check.parts.forward_mode import function_jvps
+from hesse.check.parts.telling import by_tensor, told
+from hesse.check.passes.calls import BROKEN, Call, Key, finite, inside, real
+from hesse.check.passes.hooks import hooks_of
+from hesse.check.passes.pieces import Pieces
+from hesse.check.passes.replay import Replay
 from hesse.check.report import Report
 from hesse.check.subject import Subject
-from hesse.check.telling import by_tensor, told
 from hesse.finding import Finding
 from hesse.objective import Closure
 
@@ -63,7 +63,7 @@ def gradients(
             trainable parameters are checked, and inputs that require gradients; of a function the floating
             inputs that require gradients, or all of them when none does.
         jac: the gradient of a function of NumPy arrays, or True if the function returns both; see
-            :mod:`hesse.check.foreign_checks`, which also takes functions of JAX and TensorFlow.
+            :mod:`hesse.check.foreign.checks`, which also takes functions of JAX and TensorFlow.
         seed: of the random directions.
         parts: judge every module by itself even if the whole agrees: a fault behind a tiny scale is then seen.
 

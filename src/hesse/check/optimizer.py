@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from hesse.check.promises_of_settings import SETTINGS
-from hesse.check.promises_of_state import STATE
-from hesse.check.promises_of_steps import STEPS
+from hesse.check.contract.settings import SETTINGS
+from hesse.check.contract.state import STATE
+from hesse.check.contract.steps import STEPS
+from hesse.check.contract.trial import RAISED, Stand, sentence, undisturbed
 from hesse.check.report import Report
-from hesse.check.trial import RAISED, Stand, sentence, undisturbed
 
 __all__ = ["optimizer"]
 

@@ -3,7 +3,7 @@
 Training never forms them, so nobody notices when they are refused or wrong: a custom Function may have a right backward
 that cannot be differentiated again, and so have some of torch's own operations. First the whole: ``H u`` of the real
 model along a few directions, in float64 where the model allows, at the point and beside it. Only when that fails is
-every piece asked by itself (:mod:`hesse.check.bends`).
+every piece asked by itself (:mod:`hesse.check.parts.bends`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch.autograd.forward_ad as fw
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hesse.check.bends import REFUSED, Bend, bent, by_forward_mode, mean_noise, refuser
-from hesse.check.calls import finite
 from hesse.check.differences import BLUNT, Probe, Slope, own_scales
-from hesse.check.foreign import is_foreign
-from hesse.check.foreign_checks import foreign_hessian
-from hesse.check.forward_mode import has_jvp, judge_jvp, words
-from hesse.check.functions import defined
+from hesse.check.foreign.arrays import is_foreign
+from hesse.check.foreign.checks import foreign_hessian
 from hesse.check.gradient import gradients
-from hesse.check.hooks import hooks_of
-from hesse.check.pieces import Pieces, operations_of
-from hesse.check.recording import LOSS
+from hesse.check.parts.bends import REFUSED, Bend, bent, by_forward_mode, mean_noise, refuser
+from hesse.check.parts.forward_mode import has_jvp, judge_jvp, words
+from hesse.check.passes.calls import finite
+from hesse.check.passes.functions import defined
+from hesse.check.passes.hooks import hooks_of
+from hesse.check.passes.pieces import Pieces, operations_of
+from hesse.check.passes.recording import LOSS
 from hesse.check.report import Report
 from hesse.check.subject import Subject
 from hesse.finding import Finding, Severity

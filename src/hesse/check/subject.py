@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesse.check.calls import RandomState, cuda_devices, differentiable, gradients_of, real, tensors_of
 from hesse.check.differences import own_scales
-from hesse.check.functions import defined
-from hesse.check.recording import LOSS, Recorder
-from hesse.check.replay import Replay
+from hesse.check.passes.calls import RandomState, cuda_devices, differentiable, gradients_of, real, tensors_of
+from hesse.check.passes.functions import defined
+from hesse.check.passes.recording import LOSS, Recorder
+from hesse.check.passes.replay import Replay
 from hesse.finding import InputError
 from hesse.objective import Closure
 

@@ -21,6 +21,7 @@ FIRST = 5
 SHARE = 0.03  # of the running time; half of what is promised, since a busy machine measures badly
 ALLOWANCE = 0.1  # seconds in all that early samples may cost beyond the share
 PLAIN = 3  # plain steps that must have been timed before an interval is chosen
+RENEWED = 25  # timings of plain steps, after which the interval is chosen again
 LONGEST = 10_000
 
 
@@ -43,8 +44,10 @@ class Pace:
         self._plain: deque[float] = deque(maxlen=51)
         self._sampled: deque[float] = deque(maxlen=5)  # the first of all, which also warms up, is no median
         self._began: float | None = None
+        self._timings = 0  # of plain steps
         self._count = 0  # plain steps since then
         self._sample: float | None = None  # seconds of the sampled step whose numbers are still to be read
+        self._chosen: int | None = None  # the interval, until more is known
         self._asked = False
         self._cost = 0.0  # seconds of samples after the first
 
@@ -53,6 +56,11 @@ class Pace:
         """Steps between samples as things stand."""
         if self.every is not None:
             return self.every
+        if self._chosen is None:
+            self._chosen = self._choose()
+        return self._chosen
+
+    def _choose(self) -> int:
         if len(self._plain) < PLAIN or not self._sampled:
             return PLAIN + 1
         usual = median(self._plain)
@@ -103,6 +111,9 @@ class Pace:
         now = self.now()
         if self._began is not None:
             self._plain.append((now - self._began) / self._count)
+            self._timings += 1
+            if self._timings <= PLAIN or self._timings % RENEWED == 0:
+                self._chosen = None
         self._began, self._count = now, 0
 
     def now(self) -> float:
@@ -118,6 +129,7 @@ class Pace:
             self._began += seconds
         if self._sample is not None:
             self._sampled.append(self._sample + seconds)
+            self._chosen = None
             if self._last > FIRST and self._plain:
                 self._cost += self._sampled[-1] - median(self._plain)
             self._sample = None

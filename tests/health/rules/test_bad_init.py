@@ -27,7 +27,8 @@ def test_a_head_so_large_that_the_loss_is_about_its_outputs() -> None:
     assert finding.where == "8" and finding.value == pytest.approx(40.0)
     [finding] = bad_init(written({"8": {"out_rms": 40.0}}, samples=1, loss=1600.0))  # squares
     assert finding.where == "8"
-    assert bad_init(written({"8": {"out_rms": 40.0}}, samples=1, loss=1.0)) == []  # and that is well explained
+    for loss in (1.0, 1e6):  # the targets explain it
+        assert bad_init(written({"8": {"out_rms": 40.0}}, samples=1, loss=loss)) == []
 
 
 HEALTHY = {
@@ -36,6 +37,7 @@ HEALTHY = {
     "one narrow place": written({"4": {"in_rms": 1e-4}}, samples=1),
     "a zero head": written({"8": {"out_rms": 0.0, "spread": 0.0}}, samples=1),
     "zero blocks": written({"4": {"out_rms": 0.0, "spread": 0.0}, "8": {"out_rms": 0.0, "spread": 0.0}}, samples=1),
+    "a last block that starts at zero": written({"6": {"out_rms": 0.0, "spread": 0.0}}, samples=1),
     "a side branch that is constant at first": written({"4": {"spread": 1e-9}}, samples=1),
     "a head that starts at the mean of far targets": written({"8": {"spread": 1e-4, "out_rms": 100.0}}, samples=1),
     "far targets": written(samples=1, loss=1e6),
@@ -50,7 +52,7 @@ HEALTHY = {
         {"0": {"grad_norm": 1e-9}, **{path: {"spread": 1e-6} for path in ("4", "6", "8")}}, samples=1
     ),
     "a fading gradient, which has its own name": written(
-        {path: {"grad_norm": 0.2 ** (4 - i), "spread": 0.1**i} for i, path in enumerate(CHAIN)}, samples=1
+        {path: {"grad_norm": 0.2 ** (4 - i), "spread": 0.05**i} for i, path in enumerate(CHAIN)}, samples=1
     ),
 }
 

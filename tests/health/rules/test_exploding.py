@@ -51,7 +51,7 @@ HEALTHY = {
     "a gradient that a step too long has thrown": written(
         {"2": {"grad_norm": risen(1e3), "update_ratio": spike(0.5, 7)}}, loss=risen(5.0)
     ),
-    "one odd batch": written({"2": {"grad_norm": spike(1e3)}}, loss=spike(5.0)),
+    "one odd batch": written({"2": {"grad_norm": spike(1e3)}}, loss=risen(5.0)),
     "a negative loss": written({"0": {"grad_norm": risen(100.0)}}, loss=lambda i: -1.0 - i),
     "no loss told": written({"0": {"grad_norm": risen(50.0)}}, loss=None),
     "one layer far beyond the others": written({"0": {"grad_norm": 1e5}}),

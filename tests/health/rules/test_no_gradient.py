@@ -13,7 +13,7 @@ NONE = {"grad_norm": None, "without": ["weight", "bias"], "update_ratio": 0.0, "
 
 
 def test_a_layer_cut_off_is_told_from_one_never_called() -> None:
-    [finding] = no_gradient(written({"2": NONE, "4": NONE}))
+    [finding] = no_gradient(written({"2": NONE, "3": {"dead": 0.0}, "4": NONE}))
     assert (finding.kind, finding.where, finding.evidence["cause"]) == ("no_gradient", "4", "cut")
     assert finding.evidence["layers"] == ["2", "4"] and "detach" in finding.remedy
     [finding] = no_gradient(written({"2": {**NONE, "order": None}}))
@@ -70,6 +70,9 @@ HEALTHY = {
         {"8": {"grad_norm": None, "weight_norm": None, "without": None, "lr": None, "update_ratio": None}}
     ),
     "the halves of a GAN": written({"0": half(0), "2": half(0), "4": half(1), "6": half(1), "8": half(1)}),
+    "a part whose optimizer has stepped in few samples": written(
+        {"4": {**NONE, "lr": lambda i: 0.1 if i % 4 == 0 else None}}
+    ),
     "no layer has a gradient": written({path: {"grad_norm": 0.0, "without": ["weight"]} for path in "02468"}),
     "below dead units": written({"2": {"grad_norm": 0.0, "without": ["weight", "bias"]}, "3": {"dead": 1.0}}),
     "below saturated units": written({"2": {"grad_norm": 0.0, "without": ["weight"]}, "3": {"saturated": 1.0}}),

@@ -14,7 +14,7 @@ from hesse.health.stats import Stats
 Curve = Callable[[int], float]
 
 
-def run(count: int = 25, moved: float = 1.0, **sound: Any) -> Stats:
+def run(count: int = 25, moved: float = 1.0, lacks: float = 0.0, **sound: Any) -> Stats:
     """A leading tower, and one beside it whose numbers are given as curves; scatter is a hundredth."""
 
     def scatter(value: Any, i: int) -> float:
@@ -22,7 +22,7 @@ def run(count: int = 25, moved: float = 1.0, **sound: Any) -> Stats:
 
     def branches(i: int) -> dict[str, dict[str, Any]]:
         usual = {"probe": 0.05, "share": 0.05, "missing": 0.0, "grad": 1.0, "curvature": 1.0}
-        sight = {"probe": 0.5, "share": 0.95, "missing": 0.0, "grad": 1.0, "curvature": 50.0}
+        sight = {"probe": 0.5, "share": 0.95, "missing": lacks, "grad": 1.0, "curvature": 50.0}
         return {
             "sight": {key: scatter(value, i) for key, value in sight.items()} | {"layers": "first"},
             "sound": {key: scatter(value, i) for key, value in (usual | sound).items()} | {"layers": "middle last"},
@@ -45,9 +45,10 @@ HEALTHY: dict[str, Stats] = {
     "has said all it knows": run(),
     "is heard": run(probe=lambda i: 0.004 * i, share=0.6),
     "was late": run(probe=lambda i: 0.004 * i, share=lambda i: min(0.04 * i, 0.9)),
-    "the leader lacks as much": run(missing=0.004, probe=0.3),
+    "the leader lacks as much": run(missing=0.1, probe=0.3, lacks=0.1),
     "knows as much, pretrained": run(moved=0.001, probe=0.5, share=0.6),
     "gets no gradient at all": run(probe=lambda i: 0.004 * i, grad=lambda i: -0.01 * ((7 * i) % 5 - 2) / 2),
+    "its probe is not sure": run(probe=lambda i: 0.03 + 0.2 * (-1) ** i, grad=lambda i: 0.8**i),
     "too early": run(9, probe=lambda i: 0.004 * i),
     "no towers": made(25),
 }

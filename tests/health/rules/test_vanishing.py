@@ -60,6 +60,8 @@ HEALTHY = {
     "small gradient of a large weight": written({"0": {"grad_norm": 1e-6, "weight_norm": 1e7}}),
     "too early to tell": fading(1e-3, samples=PATIENCE - 1),
     "still rising": written({"0": {"grad_norm": lambda i: 1e-9 * 10**i}}),
+    "rising from far below": written({"0": {"grad_norm": lambda i: 1e-15 * 10**i}}),
+    "zero beside a weak one": written({"0": {"grad_norm": 0.0}, "2": {"grad_norm": 5e-3}}),
     "zero by structure": written({"0": {"grad_norm": 0.0}}),
     "no gradient": written({"0": {"grad_norm": None}}),
     "one bad sample": written({"0": {"grad_norm": spike(1e-9)}}),

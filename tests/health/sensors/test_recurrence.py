@@ -63,7 +63,8 @@ def test_a_fused_input_that_has_a_gradient_of_its_own_gets_it_all_the_same() -> 
     plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     assert len(heard(model, x)["1.rnn"]) == 9
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True) if p.grad is not None)
+    again = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
 
 
 def test_packed_sequences_and_single_ones() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -32,17 +33,20 @@ def loss_spike(stats: Stats) -> list[Finding]:
     steps, losses = told(stats)
     judged = stats.records[-2]["step"] if len(stats.records) > 1 else 0  # steps up to here have been looked at
     start = median(losses[:3]) if losses else 0.0
-    for at in range(8, len(losses)):
+    begin = max(8, bisect_right(steps, judged) - LONG)
+    highest = max(map(abs, losses[:begin]), default=0.0)
+    for at in range(begin, len(losses)):
         high = losses[at] > start + abs(start)
-        beyond = losses[at] > ENORMOUS * max(map(abs, losses[:at]))
+        beyond, highest = losses[at] > ENORMOUS * highest, max(highest, abs(losses[at]))
         last = at + (0 if beyond else AFTER if high else LONG)
         if last >= len(losses) or steps[last] <= judged or not _stands_out(losses, at, start):
             continue
         level = median(losses[max(0, at - WINDOW) : at])
         height = losses[at] - level
-        returned = None if beyond else median(losses[at + 1 : last + 1]) - level < 0.3 * height
+        after = None if beyond else median(losses[at + 1 : last + 1])
+        returned = after is not None and after - level < 0.3 * height
         if high or not returned:
-            return [_spike(stats, steps, losses, at, level, returned)]
+            return [_spike(stats, steps, losses, at, level, after)]
     return []
 
 
@@ -61,9 +65,9 @@ def _stands_out(losses: list[float], at: int, start: float) -> bool:
     return losses[at] - level > max(8 * doubt * noise(before), 3 * (max(before) - level), 0.1 * gained) > 0
 
 
-def _spike(
-    stats: Stats, steps: list[int], losses: list[float], at: int, level: float, returned: bool | None
-) -> Finding:
+def _spike(stats: Stats, steps: list[int], losses: list[float], at: int, level: float, after: float | None) -> Finding:
+    """``after`` is the loss that followed, None if that has not been waited for."""
+    returned = None if after is None else after - level < 0.3 * (losses[at] - level)
     gradient = _unusual(stats, steps[at])
     message = f"The loss rose from {level:.4g} to {losses[at]:.4g} at step {steps[at]}"
     smooth = noise([b - a for a, b in pairwise(losses[max(0, at - 10) : at])]) < 0.005 * abs(level)
@@ -77,7 +81,7 @@ def _spike(
             "Look at the data of that step (labels, scale, padding, corrupt files); clip gradients "
             '(torch.nn.utils.clip_grad_norm_) so that one batch cannot throw the weights, or hesse.watch(guard="skip").'
         )
-    elif returned is None:
+    elif after is None:
         message += ", beyond anything before: by that batch, or by the step before it."
         remedy = (
             "Stop, unless it comes back at once, and go back to the last checkpoint; look at the data of that step "
@@ -85,7 +89,6 @@ def _spike(
             "rate."
         )
     else:
-        after = median(losses[at + 1 : at + 1 + AFTER])
         message += f" and stayed at {after:.4g}: the weights have been thrown off."
         remedy = (
             "Go back to a checkpoint from before that step; clip gradients (torch.nn.utils.clip_grad_norm_) or lower "

@@ -17,7 +17,7 @@ def plateau(stats: Stats) -> list[Finding]:
     """The loss is flat while every batch still pulls, each its own way.
 
     Compared are gradients with those of the start (as long as they were, to a third: nothing has vanished, nothing
-    has converged to zero) and with one another: successive ones have no direction in common, so their mean is gone
+    has converged to zero) and with one another: successive ones have little in common, so their mean is gone
     and what is left is noise; and the weights move as in a random walk, where a slow start goes its way. The loss is
     still more than 60 % of what it was at the start: a training that has come down and ended is no plateau. Causes:
     labels that are wrong or shuffled against their inputs, inputs that do not tell, or a loss that has reached what
@@ -34,7 +34,7 @@ def plateau(stats: Stats) -> list[Finding]:
     if median(losses[:3]) - median(late) > 0.4 * abs(median(losses[:3])):
         return []
     cosines = [c for a, b in pairwise(records[FIRST:]) if (c := coherence(a, b)) is not None]
-    if len(cosines) < PATIENCE or fmean(cosines) > 0.1 or not _wanders(records):
+    if len(cosines) < PATIENCE or fmean(cosines) > 0.2 or not _wanders(records):
         return []
     return [
         Finding(
@@ -60,4 +60,4 @@ def _wanders(records: list[Record]) -> bool:
     now = {path: layer["moved"] for path, layer in records[-1]["layers"].items() if layer.get("moved")}
     if not now or max(now.values()) < 0.01:
         return False
-    return median([d / (middle.get(path, {}).get("moved") or d) for path, d in now.items()]) < 1.65
+    return median([d / (middle.get(path, {}).get("moved") or d) for path, d in now.items()]) < 1.5

@@ -1,0 +1,1 @@
+"""The parts of a pass, judged one by one: what is wrong with which, and why."""

@@ -1,0 +1,1 @@
+"""The real pass, recorded: module calls, Functions, operations, hooks; and run again, some of it held."""
