@@ -112,7 +112,7 @@ def frozen() -> nn.Module:
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    return torch.optim.SGD(model.parameters(), 0.008, momentum=0.9)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

@@ -256,7 +256,11 @@ class _Check:
         suspects = self._suspects(judge)
         judge, edited = self._protected(judge)
         found = [self._judge(judge, calls, set(), True) for calls in judge.functions().values()]
-        culprits = [culprit for culprit in found if culprit is not None]
+        suspected = [culprit for culprit in found if culprit is not None]
+        beside = [culprit for culprit in suspected if culprit.beside]
+        culprits = [culprit for culprit in suspected if culprit not in beside]
+        held = held | {culprit.key for culprit in culprits}
+        culprits += [c for c in beside if doubtful and not self._right_around(judge, c, held)]
         held = held | {culprit.key for culprit in culprits}
         modules = judge.modules()
         judged: set[str] = set()
@@ -287,6 +291,11 @@ class _Check:
             for path in modules:
                 look(path)
         return edited + told(culprits, judge, self.subject)
+
+    def _right_around(self, judge: Judge, culprit: Culprit, held: set[Key]) -> bool:
+        """Whether the module around a Function is right with it: it reads elsewhere what its arguments stand for."""
+        around = judge.modules().get(culprit.path)
+        return around is not None and self._judge(judge, around, held, False) is None
 
     def _judge(self, judge: Judge, calls: Sequence[Call], held: set[Key], flat: bool) -> Culprit | None:
         """What is wrong with some calls; None, and a note, if they cannot be run again by themselves."""

@@ -74,10 +74,21 @@ def softmax_of_each(t: Tensors, true: Tensors, w: Tensor) -> Tensors:
     return {"x": p * (w - w * p)}
 
 
+def log_prob(x: Tensor, s: Tensor) -> Tensor:
+    return -(0.5 * (x * (-s).exp()).square() + s).sum(-1)
+
+
+def small_row(t: Tensors, w: Tensor) -> Tensor:
+    """What the row that counts least contributes to the gradient by ``s``."""
+    each = w[:, None] * ((t["x"] * (-t["s"]).exp()).square() - 1)
+    return each[each.norm(dim=1).argmin()]
+
+
 ROWS = {"x": (16, 24)}
 DENSE = {"x": (16, 24), "w": (24, 24), "b": (24,)}
 CONV = {"x": (4, 3, 6, 6), "k": (5, 3, 3, 3), "b": (5,)}
 SOFT = {"x": (8, 10)}
+NORMAL = {"x": (16, 3), "s": (3,)}
 
 # function, shapes, what is wrong, kind, words of the message
 TABLE: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]], Wrong, str, str]] = {
@@ -97,6 +108,7 @@ TABLE: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]], Wrong,
     "weight zero": (linear, DENSE, lambda t, g, w: {"w": 0 * g["w"]}, "detached", "is zero"),
     "first row": (linear, DENSE, lambda t, g, w: {"b": w[0]}, "missing_sum", "the first row alone"),
     "some row": (linear, DENSE, lambda t, g, w: {"b": w[5]}, "missing_sum", "the 5th row alone"),
+    "small row": (log_prob, NORMAL, lambda t, g, w: {"s": small_row(t, w)}, "missing_sum", "row alone"),
     "mean of rows": (linear, DENSE, lambda t, g, w: {"b": w.mean(0)}, "wrong_reduction", "a mean stands where"),
     "no space": (conv, CONV, lambda t, g, w: {"b": w.sum(0)[:, 0, 0]}, "missing_sum", "axis 2"),
     "number": (

@@ -256,3 +256,127 @@ def test_complex_arguments_have_the_gradient_of_their_parts() -> None:
         torch.manual_seed(0)
         report = gradients(nn.Sequential(nn.Linear(6, 8), Mix(right), nn.Tanh(), nn.Linear(8, 1)), torch.randn(5, 6))
         assert [(c.where, c.function) for c in report.culprits] == ([] if right else [("1", "Times")])
+
+
+class Recomputed(Function):
+    """Checkpointing as diffusion models write it: the module computes, its parameters are given so that autograd
+    knows them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, sign: float, x: Tensor, *params: Tensor) -> Tensor:
+        ctx.run, ctx.sign, ctx.x, ctx.params = run, sign, x, params
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            x = ctx.x.detach().requires_grad_()
+            first, *rest = torch.autograd.grad(ctx.run(x), (x, *ctx.params), grad)
+        return (None, None, first, *(ctx.sign * g for g in rest))
+
+
+class Adjoint(Function):
+    """Euler steps of dz/dt = f(z), differentiated by the adjoint method, backwards in time."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Any, sign: float, z: Tensor, *params: Tensor) -> Tensor:
+        ctx.f, ctx.sign, ctx.params, ctx.states = f, sign, params, []
+        for _ in range(4):
+            ctx.states.append(z)
+            z = z + 0.2 * f(z)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor) -> tuple[Tensor | None, ...]:
+        total = [torch.zeros_like(p) for p in ctx.params]
+        for z in reversed(ctx.states):
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                first, *rest = torch.autograd.grad(ctx.f(z), (z, *ctx.params), a)
+            a = a + 0.2 * first
+            total = [t + 0.2 * ctx.sign * g for t, g in zip(total, rest, strict=True)]
+        return (None, None, a, *total)
+
+
+class Flattened(Function):
+    """The adjoint's older form: the parameters arrive as one vector, which the forward never looks at."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Any, sign: float, z: Tensor, flat: Tensor) -> Tensor:
+        ctx.f, ctx.sign, ctx.z = f, sign, z
+        with torch.no_grad():
+            return z + f(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            z = ctx.z.detach().requires_grad_()
+            first, *rest = torch.autograd.grad(ctx.f(z), (z, *ctx.f.parameters()), grad)
+        return None, None, grad + first, ctx.sign * torch.cat([g.flatten() for g in rest])
+
+
+class Field(nn.Module):
+    def __init__(self, cls: type[Function], sign: float) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5))
+        self.cls, self.sign = cls, sign
+
+    def forward(self, x: Tensor) -> Tensor:
+        params = list(self.f.parameters())
+        if self.cls is Flattened:
+            params = [torch.cat([p.flatten() for p in params])]
+        return self.cls.apply(self.f, self.sign, x, *params)
+
+
+def field_model(cls: type[Function], sign: float, other: float = 1.0) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 5), Field(cls, sign), nn.Tanh(), Field(cls, other), nn.Linear(5, 2)
+    return nn.Sequential(*layers), torch.randn(6, 4)
+
+
+WHOLE_OR_PARTS = pytest.mark.parametrize("parts", [False, True], ids=["whole", "parts"])
+
+
+@WHOLE_OR_PARTS
+@pytest.mark.parametrize("cls", [Recomputed, Adjoint, Flattened])
+def test_parameters_given_to_a_function_that_computes_with_their_module_are_no_fault(
+    cls: type[Function], parts: bool
+) -> None:
+    model, x = field_model(cls, 1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert gradients(model, x, parts=parts).ok
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@WHOLE_OR_PARTS
+@pytest.mark.parametrize("cls", [Recomputed, Adjoint])
+def test_a_wrong_gradient_of_parameters_so_given_is_named_with_its_function(cls: type[Function], parts: bool) -> None:
+    (culprit,) = gradients(*field_model(cls, -1.0), parts=parts).culprits
+    assert (culprit.kind, culprit.where, culprit.function) == ("wrong_sign", "1", cls.__name__)
+    assert (culprit.file, culprit.line) == defined(cls.backward)
+
+
+@WHOLE_OR_PARTS
+def test_of_two_functions_with_flattened_parameters_the_wrong_one_is_blamed(parts: bool) -> None:
+    culprits = gradients(*field_model(Flattened, -1.0), parts=parts).culprits
+    assert {culprit.where for culprit in culprits} == {"1"}
+    assert culprits[0].function == "Flattened"
+
+
+def test_a_parameter_is_moved_itself_where_a_call_is_run_again_and_put_back() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3)
+    (call,) = record(lambda x: Recomputed.apply(layer, 1.0, x, layer.weight, layer.bias).sum(0), torch.randn(2, 3))
+    weight, version = layer.weight.detach().clone(), layer.weight._version
+    before = call()[0]
+    assert layer.weight._version == version  # not written to without need
+    with torch.no_grad():
+        call.inputs[0].mul_(2)
+    assert torch.allclose(call()[0] - layer.bias, 2 * (before - layer.bias), atol=1e-6)
+    assert torch.equal(layer.weight, weight)
+    layer.register_forward_hook(lambda module, args, y: y.view(-7))
+    with pytest.raises(RuntimeError):
+        call()
+    assert torch.equal(layer.weight, weight)

@@ -66,6 +66,7 @@ class Elements:
         true: what differences give, [k].
         limit: how far the two may differ for reasons that are not a fault, [k].
         parts: the slope of each output element, [m, n] for the first m of them, as many as memory allows.
+        blurs: how far each of those slopes may be off for reasons that are not a fault, [m, n], float32.
         values: the tensor there, [k].
         grad: the whole gradient as given, flat.
         blocks: slopes along directions that move many elements at once, taken where single ones are blunt.
@@ -82,11 +83,12 @@ class Elements:
     true: Tensor
     limit: Tensor
     parts: Tensor
+    blurs: Tensor
     values: Tensor
     grad: Tensor
     blocks: tuple[Slope, ...]
     far: float | None
-    more: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    more: Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
     @property
     def size(self) -> Tensor:
@@ -170,17 +172,17 @@ def _measure(case: Case, name: str, probe: Probe, sharing: int, generator: torch
     flat = grad.reshape(-1).double().cpu()
     unit = case.eps ** (1 / 3) * probe.scales[0]
 
-    def more(index: Tensor, step: float = unit) -> tuple[Tensor, Tensor, Tensor]:
-        true, limit, parts = _differences(probe, index, step)
+    def more(index: Tensor, step: float = unit) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        true, limit, parts, blurs = _differences(probe, index, step)
         # The gradient is rounded too, and a wide step leaves truncation where only the third derivative is not zero.
         own = 4 * case.eps * flat[index].abs() + (step / probe.scales[0]) ** 2 * true.abs()
-        return true, limit + own, parts
+        return true, limit + own, parts, blurs
 
     few = flat.abs().topk(min(2, len(flat))).indices
     few = torch.unique(torch.cat([few, torch.randint(0, len(flat), (2,), generator=generator)]))
 
     def bluntness(step: float) -> float:
-        true, limit, _ = more(few, step)
+        true, limit, *_ = more(few, step)
         return float((limit / torch.maximum(flat[few].abs(), true.abs()).clamp_min(1e-300)).median().nan_to_num(9e9))
 
     start = time.process_time()
@@ -193,11 +195,11 @@ def _measure(case: Case, name: str, probe: Probe, sharing: int, generator: torch
     cost = (time.process_time() - start) / (len(few) * len(steps))  # of one element
     count = min(ELEMENTS, int(SECONDS / cost)) // sharing
     index = sample(tensor.shape, flat, max(LEAST, count), generator)
-    true, limit, parts = more(index, step)
+    true, limit, parts, blurs = more(index, step)
     if len(index) < len(flat) and not bool(((flat[index] - true).abs() > limit).any()) and cost < SECONDS / 20:
         found = _hunt(probe, grad)
         if len(found):
-            at, blur, _ = more(found, step)
+            at, blur, *_ = more(found, step)
             index, true, limit = torch.cat([index, found]), torch.cat([true, at]), torch.cat([limit, blur])
     given = flat[index]
     sharp = limit <= SHARP * torch.maximum(given.abs(), true.abs())
@@ -214,6 +216,7 @@ def _measure(case: Case, name: str, probe: Probe, sharing: int, generator: torch
         true,
         limit,
         parts,
+        blurs,
         values,
         flat,
         tuple(blocks),
@@ -222,14 +225,15 @@ def _measure(case: Case, name: str, probe: Probe, sharing: int, generator: torch
     )
 
 
-def _differences(probe: Probe, index: Tensor, step: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Slopes along single elements [k], their limits [k], and the slopes of single outputs [m, n]."""
+def _differences(probe: Probe, index: Tensor, step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Slopes along single elements [k], their limits [k]; slopes of single outputs [m, n], their limits [m, n]."""
     tensor, base, centre, rounding = probe.tensors[0], probe.base[0], probe.centre, probe.rounding
     n = centre.numel()
     chunk = max(1, KEPT // (4 * n))
     true: list[Tensor] = []
     limit: list[Tensor] = []
     parts: list[Tensor] = []
+    blurs: list[Tensor] = []
     kept = 0
     try:
         for positions in index.split(chunk):
@@ -247,21 +251,22 @@ def _differences(probe: Probe, index: Tensor, step: float) -> tuple[Tensor, Tens
             width = torch.tensor(widths, dtype=torch.float64, device=up.device)[:, None]
             slope = (up - down) / (2 * width)
             # Half the difference of the one-sided slopes covers a kink wherever it lies between the points.
-            kink = (((up + down - 2 * centre).abs() - 4 * rounding).clamp_min(0) / (2 * width)).sum(1)
+            kinks = ((up + down - 2 * centre).abs() - 4 * rounding).clamp_min(0) / (2 * width)
             touched = (up != centre) | (down != centre)
             # Where nothing moved, a move may have been rounded away.
             blur = (rounding * touched).square().sum(1).sqrt().clamp_min(float(rounding.median()))
             noise = 2 * blur / width[:, 0]
-            value, error = slope.sum(1), kink + noise
+            value, error = slope.sum(1), kinks.sum(1) + noise
             lost = ~(value.isfinite() & error.isfinite())
             true.append(value.masked_fill(lost, 0.0).cpu())
             limit.append(error.masked_fill(lost, math.inf).cpu())
             if kept < KEPT // n or not parts:
                 parts.append(slope.nan_to_num().cpu())
+                blurs.append((kinks + 2 * rounding / width).nan_to_num(math.inf).float().cpu())
                 kept += len(positions)
     finally:
         probe.restore()
-    return torch.cat(true), torch.cat(limit), torch.cat(parts)
+    return torch.cat(true), torch.cat(limit), torch.cat(parts), torch.cat(blurs)
 
 
 def _place(position: int, shape: Sequence[int]) -> tuple[int, ...]:

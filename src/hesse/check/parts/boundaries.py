@@ -82,6 +82,30 @@ class Culprit:
     def error(self) -> float:
         return max((slope.error for slope in self.slopes if slope.wrong), default=1.0)
 
+    @property
+    def beside(self) -> bool:
+        """Whether all that is wrong is with respect to arguments of a Function on which, by themselves, it does not
+        depend at all: they may stand for something that it reads elsewhere, as the flattened parameters of a module.
+        """
+        if self.flat or not isinstance(self.calls[0], FunctionCall):
+            return False
+        return all(s.numeric == 0 for s in self.slopes) and not any(self._moves(group) for group, _ in self.wrong)
+
+    def _moves(self, group: Group) -> bool:
+        """Whether anything at all changes when the tensors of a group go a long way."""
+        before = {name: t.detach().clone() for name, t in group.tensors.items()}
+        scales = own_scales(group.tensors)
+        centre = self.evaluate()
+        try:
+            with torch.no_grad():
+                for name, t in group.tensors.items():
+                    t.copy_(-before[name] + scales[name])
+            return not torch.equal(self.evaluate(), centre)
+        finally:
+            with torch.no_grad():
+                for name, t in group.tensors.items():
+                    t.copy_(before[name])
+
     def case(self, eps: float, batch: int | None) -> Case:
         """What is needed to name the fault."""
         tensors = {name: t for group in self.groups for name, t in group.tensors.items()}

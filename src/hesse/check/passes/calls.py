@@ -178,7 +178,8 @@ class Call(Place):
     reach, ``in_grads`` what reached them (None: nothing). ``result`` is a copy of what came out, ``outputs`` are
     the tensors in it that can be differentiated, ``out_grads`` what arrived there. ``twice``: the forward pass
     itself differentiated it, so that its gradients are not those of its outputs alone. ``checkpointed``: the
-    backward pass runs it again.
+    backward pass runs it again. ``owners``: by id of a copy, the parameter that was given itself. Others hold it too,
+    so it is moved in the place of the copy when the call is run again, and put back.
     """
 
     target: Callable[..., Any]
@@ -192,6 +193,7 @@ class Call(Place):
     out_grads: list[Tensor | None] = field(default_factory=list)
     twice: bool = False
     checkpointed: bool = False
+    owners: dict[int, nn.Parameter] = field(default_factory=dict)
 
     def __call__(self) -> list[Tensor]:
         """Run the same call again; returns its differentiable outputs."""
@@ -199,15 +201,36 @@ class Call(Place):
 
     def live(self) -> tuple[list[Tensor], list[Tensor]]:
         """Run the same call again; returns leaves in the place of ``inputs``, and the differentiable outputs."""
-        leaves = {id(x): x.detach().requires_grad_() for x in self.inputs}
+        leaves = {id(x): self.owners.get(id(x), x.detach().requires_grad_()) for x in self.inputs}
 
         def fresh(x: Tensor) -> Tensor:
+            if id(x) in self.owners:
+                return self.owners[id(x)]
             return leaves.get(id(x), x).clone()  # it may be edited in place, and hooked if it has a graph
 
         args, kwargs = mapped(fresh, (self.args, self.kwargs))
-        with torch.enable_grad(), self.random.again():
+        with self._owners_moved(), torch.enable_grad(), self.random.again():
             outputs = tensors_of(self.target(*args, **kwargs))
         return list(leaves.values()), [y for y in outputs if differentiable(y)]
+
+    @contextmanager
+    def _owners_moved(self) -> Iterator[None]:
+        """Inside, parameters that were given have the values of their copies; afterwards, bit for bit, their own."""
+        pairs = [(self.owners[id(x)], x) for x in self.inputs if id(x) in self.owners]
+        before = [p.detach().clone() for p, _ in pairs]
+        # Without need nothing is written: autograd refuses graphs whose tensors were written to.
+        moved = [not torch.equal(p, x) for p, x in pairs]
+        try:
+            with torch.no_grad():
+                for (p, x), moves in zip(pairs, moved, strict=True):
+                    if moves:
+                        p.copy_(x)
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), value, moves in zip(pairs, before, moved, strict=True):
+                    if moves or not torch.equal(p, value):
+                        p.copy_(value)
 
     def weighted(self) -> Tensor:
         """The outputs times the gradients that arrived at them, [n]; the sum is what is differentiated."""

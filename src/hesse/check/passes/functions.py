@@ -14,13 +14,14 @@ import inspect
 import itertools
 import linecache
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from hesse.check.passes.calls import Call, RandomState, copy_of, differentiable, mapped
@@ -108,6 +109,13 @@ class Functions:
         call.args = tuple(mapped(copy_of, x) for x in args)
         asked = [isinstance(x, Tensor) and x.requires_grad and differentiable(x) for x in args]
         call.inputs = list(itertools.compress(call.args, asked))
+        # A module may be given with its own parameters, only so that autograd knows them: it computes with them, not
+        # with copies. Given twice, it is not known which copy counts.
+        times = Counter(map(id, args))
+        owned = [
+            given and isinstance(x, nn.Parameter) and times[id(x)] == 1 for x, given in zip(args, asked, strict=True)
+        ]
+        call.owners = {id(copy): x for copy, x in itertools.compress(zip(call.args, args, strict=True), owned)}
         call.in_grads = [None] * len(call.inputs)
         self.begun(call, args)
         result = run()

@@ -113,12 +113,8 @@ class Recorder:
             grads = gradients_of(loss, [*tensors, *leaves])
         for first, later in self.again.items():
             if later.backwards:
-                first.inputs, first.masks, first.args, first.random = (
-                    later.inputs,
-                    later.masks,
-                    later.args,
-                    later.random,
-                )
+                first.inputs, first.args, first.owners = later.inputs, later.args, later.owners
+                first.masks, first.random = later.masks, later.random
                 first.in_grads, first.out_grads, first.backwards = later.in_grads, later.out_grads, later.backwards
             self.functions.calls.remove(later)
         for (call, i, _), grad in zip(self.cut, grads[len(tensors) :], strict=True):

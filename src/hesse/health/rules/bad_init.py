@@ -8,7 +8,8 @@ Poole et al. 2016, https://arxiv.org/abs/1606.05340, on examples that become ali
 from __future__ import annotations
 
 import math
-from statistics import median
+from itertools import pairwise
+from statistics import fmean, median
 
 from hesse.finding import Finding
 from hesse.health.rules.curves import FIRST, curve, growth, number, profile, weighted
@@ -21,6 +22,8 @@ __all__ = ["bad_init"]
 FAR = 1e3  # between the first layer's input and the last layer's
 STEADY = 0.75  # of the layers take part in it
 LARGE = 5.0  # times what its siblings, and what an orthogonal weight, would give
+FIFTHS = 5  # parts of the depth
+DEEP = 8  # layers over which a gentle factor becomes a large one
 
 
 def bad_init(stats: Stats) -> list[Finding]:
@@ -35,7 +38,12 @@ def bad_init(stats: Stats) -> list[Finding]:
         return []
     record = stats.records[0]
     paths = weighted(stats, record)
-    return _scale(stats, record, paths) or _alike(stats, record, paths) or _outputs(stats, record, paths)
+    return (
+        _scale(stats, record, paths)
+        or _stream(stats, record, paths)
+        or _alike(stats, record, paths)
+        or _outputs(stats, record, paths)
+    )
 
 
 def _scale(stats: Stats, record: Record, paths: list[str]) -> list[Finding]:
@@ -61,6 +69,54 @@ def _scale(stats: Stats, record: Record, paths: list[str]) -> list[Finding]:
             sizes,
         )
     ]
+
+
+def _stream(stats: Stats, record: Record, paths: list[str]) -> list[Finding]:
+    """A signal that grows all along the depth, however gently, until the loss is about its size.
+
+    The first losses say whether it matters: they are about the outputs, and far from settled.
+    """
+    sizes = profile(record, "in_rms", paths)
+    if len(sizes) < DEEP or min(sizes.values()) <= 0 or list(sizes)[-1] != paths[-1]:
+        return []
+    # Layers inside a block and between blocks see different scales by turns: parts of the depth are compared.
+    logs = [math.log(size) for size in sizes.values()]
+    bounds = [i * len(logs) // FIFTHS for i in range(FIFTHS + 1)]
+    change = growth([math.exp(fmean(logs[a:b])) for a, b in pairwise(bounds)])
+    whole = math.exp(logs[-1] - logs[0])
+    if change is None or min(change[0], whole) < LARGE**2 or change[1] < STEADY:
+        return []
+    told = [loss for _, loss in stats.told] or stats.losses
+    known = [abs(loss) for loss in told if math.isfinite(loss)]
+    unsettled = len(known) < len(told) or max(known, default=0.0) > 2 * min(known, default=0.0)
+    swamped = [now for now in stats.records if _swamped(now, paths[-1])]
+    if not unsettled or not swamped:
+        return []
+    first, last = next(iter(sizes)), paths[-1]
+    return [
+        _finding(
+            stats,
+            first,
+            f"From {first} to {last} the signal grows all along the depth, by a factor of {whole:.2g} over "
+            f"{len(sizes)} layers, and the outputs ({swamped[0]['layers'][last]['out_rms']:.3g}) are so large that the "
+            f"loss is {swamped[0]['loss']:.3g} for their size alone.",
+            "Put a normalisation layer before each branch, or start the last layer of each residual branch at zero, or "
+            "scale it down by the square root of their number; without skip connections torch.nn.init."
+            "kaiming_normal_ for ReLU, xavier_normal_ for tanh.",
+            whole,
+            LARGE**2,
+            "in_rms",
+            sizes,
+        )
+    ]
+
+
+def _swamped(record: Record, head: str) -> bool:
+    """Whether the outputs' size explains the loss: their square, or, of logits, about their size."""
+    loss, out = record["loss"], number(record["layers"].get(head, {}), "out_rms")
+    if loss is None or not math.isfinite(loss) or not out:
+        return False
+    return 0.5 < loss / out**2 < 2 or (out > LARGE and 0.3 < loss / out < 6)
 
 
 def _alike(stats: Stats, record: Record, paths: list[str]) -> list[Finding]:
@@ -104,8 +160,7 @@ def _blocked(record: Record, where: str) -> bool:
 
 def _outputs(stats: Stats, record: Record, paths: list[str]) -> list[Finding]:
     """Outputs so large that the loss is about them and not about the data."""
-    loss = record["loss"]
-    if not paths or loss is None or not math.isfinite(loss):
+    if not paths or not _swamped(record, paths[-1]):
         return []
     gains = {
         path: out / size
@@ -121,16 +176,13 @@ def _outputs(stats: Stats, record: Record, paths: list[str]) -> list[Finding]:
     alone = gains[head] > LARGE * max(1.0, usual)
     if not alone and not (whole > LARGE**2 and usual > 2):
         return []
-    # The loss of outputs that swamp the targets: their square, or, of logits, about their size.
-    if not (0.5 < loss / out**2 < 2 or (out > LARGE and 0.3 < loss / out < 6)):
-        return []
     where = head if alone else max(gains, key=lambda path: gains[path])
     return [
         _finding(
             stats,
             where,
             f"It multiplies the size of its input by {gains[where]:.1f}, and the outputs ({out:.1f}) are so large that "
-            f"the loss starts at {loss:.3g} for their size alone.",
+            f"the loss starts at {record['loss']:.3g} for their size alone.",
             "Scale its initial weights down, to a variance of one over the number of inputs (torch.nn.init."
             "xavier_normal_) or less; a last layer may start at zero.",
             gains[where],

@@ -14,6 +14,7 @@ __all__ = ["starved_branch"]
 
 LONG = 8  # samples in a row: a tower may well be heard first and the other soon after
 SLOWER = 50  # times less moved than the other: no usual choice of learning rates
+FAINTER = 100  # times less told apart than by the other: a weight that many times the usual would have to make up
 
 
 def starved_branch(stats: Stats) -> list[Finding]:
@@ -29,7 +30,9 @@ def starved_branch(stats: Stats) -> list[Finding]:
     - its probe is above zero and below half of the leader's, and its gradient has faded to a third: the leader has
       taken the loss away before it had learnt; or
     - its features hold a part of what the model lacks, more than the leader's do: it is heard too little; or
-    - it has moved fifty times less than the leader and its probe, above zero, is below half of the leader's.
+    - it has moved fifty times less than the leader and its probe, above zero, is below half of the leader's; or
+    - its probe is above zero, and what it gives for one example differs from what it gives for another a hundred times
+      less than with the leader, as when its input comes in another unit: it cannot be heard, whatever it knows.
 
     The part of the loss that is left shrinks with the leader's success, and with it what drives the other (Wang, Tran
     and Feiszli, 2020; Peng et al., 2022). Remedy: give it a loss of its own, or batches without the leader.
@@ -54,6 +57,8 @@ def _why(records: list[Record], path: str, leader: str) -> str | None:
     ahead = 0  # samples in a row
     while ahead < len(records) and _behind(records[-1 - ahead], path, leader):
         ahead += 1
+    if ahead >= LONG and len(records) >= FIRST + LONG and _faint(records, path, leader):
+        return f"what it gives differs from example to example {FAINTER} times less and more: it cannot be heard"
     half = records[len(records) // 2 :]
     probe = _series(half, path, "probe")
     below = fmean(probe) < _mean(half, leader, "probe") / 2
@@ -72,6 +77,19 @@ def _why(records: list[Record], path: str, leader: str) -> str | None:
     if ahead >= PATIENCE and below and now < first / 3:
         return f"its gradient has faded to {now / first:.0%} of what it was at the start"
     return None
+
+
+def _faint(records: list[Record], path: str, leader: str) -> bool:
+    """Whether the tower says nearly the same for every example, always has, and yet holds a part of the target."""
+    probe = _series(records, path, "probe")
+    if _errors(probe) < 3 or fmean(probe) < 0.03 * _mean(records, leader, "probe"):
+        return False
+    ratios = [
+        _number(record, path, "varies") / size for record in records if (size := _number(record, leader, "varies"))
+    ]
+    # One that has grown from nothing, as with a last layer that starts at zero, is on its way.
+    growing = ratios[-1] > 3 * median(ratios[:FIRST]) if ratios else True
+    return bool(ratios) and 0 < max(ratios) < 1 / FAINTER and not growing
 
 
 def _behind(record: Record, path: str, leader: str) -> bool:

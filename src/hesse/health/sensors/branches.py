@@ -57,9 +57,11 @@ class _Seen:
 
 
 class Branches:
-    """Reads ``{tower: {"grad", "out", "curvature", "probe", "share", "missing", "layers"}}``.
+    """Reads ``{tower: {"grad", "out", "varies", "curvature", "probe", "share", "missing", "layers"}}``.
 
     - ``grad``: norm of the gradient at the tower's output; ``out``: root mean square of the output.
+    - ``varies``: by how much the features of a row differ from the rows' mean, root mean square: all that the rest of
+      the model can tell examples apart by.
     - ``curvature``: trace of the empirical Fisher matrix of a linear layer on the tower's features, with factors
       taken as independent: mean |row of the gradient|^2, for a mean loss times rows^2, times mean |row of features|^2.
     - ``probe``, ``share``, ``missing``: part of the variance of the target, of the model's output, and of the
@@ -104,6 +106,7 @@ class Branches:
             reading[tower.path] = {
                 "grad": torch.linalg.vector_norm(g.float()),
                 "out": self._sizes[tower.end],
+                "varies": rms(h - h.mean(0)),
                 "curvature": n * g.float().square().sum() * h.square().sum() / h.shape[0],
                 "layers": " ".join(tower.layers),
             }
