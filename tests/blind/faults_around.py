@@ -1,6 +1,6 @@
 """Faults around the layers: hooks that change a gradient, forwards that change from call to call.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

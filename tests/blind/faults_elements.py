@@ -1,6 +1,6 @@
 """Backwards that are wrong at some elements, or altogether.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Losses, penalties, scales and pools whose backward has the wrong sign, a wrong factor or the wrong reduction.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Backwards that remember the wrong value, or overwrite a gradient that others share.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Formulas that overflow in half precision, or whose backward is not a number.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

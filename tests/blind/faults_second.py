@@ -1,6 +1,6 @@
 """Right first derivatives whose second derivative or forward mode is wrong.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Gradients that stop where they should not: detached paths, cut recurrences, undeclared straight-through estimators.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tables, gathers, gains and matrices whose backward forgets a sum, or to transpose.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

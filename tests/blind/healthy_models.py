@@ -1,6 +1,6 @@
 """Correct models that look suspicious: kinks, ties, noise, decades, zeros, gradients that stop by design.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

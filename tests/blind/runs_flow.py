@@ -1,6 +1,6 @@
 """Trainings that lose the signal, the gradient or both: depth, time, first weights, dead, like or saturated units.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trainings that go well and look suspicious: noise, warm-up, zeros, tiny units, convergence, frozen and sparse parts.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

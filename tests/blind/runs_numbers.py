@@ -1,6 +1,6 @@
 """Trainings lost to numbers: underflow, rounding, division by zero, the root of zero.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trainings of which a part does not learn: detached, forgotten, starved, or drowned by the weights it shares.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trainings whose steps are wrong: one corrupt batch, rates too large or too small, noise that no step removes.
 
-Written by someone who had not seen the code under test, and nothing was tuned on it.
+Written by someone who had not seen the code under test.
 """
 
 from __future__ import annotations

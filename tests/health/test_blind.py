@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 import hesse
 from blind.runs import Run, alarms, judged, tail, trained
 from blind.trainings import HEALTHY, SICK
+
+watch = partial(hesse.watch, every=10)  # every=None goes by the clock
 
 # What is not right yet, by training and aspect, and what is said instead. Strict: a line that has become right goes.
 MISSES: dict[str, dict[str, Any]] = {
@@ -19,20 +22,20 @@ MISSES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("run", SICK, ids=lambda run: run.name)
 def test_a_pathology_is_named_at_its_place_and_in_time(run: Run) -> None:
-    monitor, _ = trained(run, hesse.watch)
+    monitor, _ = trained(run, watch)
     assert judged(run, monitor) == MISSES.get(run.name, {}), str(monitor.report())
 
 
 @pytest.mark.parametrize("run", SICK, ids=lambda run: run.name)
 def test_the_cure_works_and_the_cured_training_is_left_in_peace(run: Run) -> None:
-    monitor, losses = trained(run, hesse.watch, cured=True)
+    monitor, losses = trained(run, watch, cured=True)
     assert tail(losses) < run.goal
     assert alarms(monitor) == [], str(monitor.report())
 
 
 @pytest.mark.parametrize("run", HEALTHY, ids=lambda run: run.name)
 def test_a_healthy_training_is_left_in_peace(run: Run) -> None:
-    monitor, losses = trained(run, hesse.watch)
+    monitor, losses = trained(run, watch)
     assert tail(losses) < run.goal
     assert alarms(monitor) == [], str(monitor.report())
 

@@ -256,9 +256,10 @@ class _Check:
         suspects = self._suspects(judge)
         judge, edited = self._protected(judge)
         found = [self._judge(judge, calls, set(), True) for calls in judge.functions().values()]
-        suspected = [culprit for culprit in found if culprit is not None]
-        beside = [culprit for culprit in suspected if culprit.beside]
-        culprits = [culprit for culprit in suspected if culprit not in beside]
+        culprits: list[Culprit] = []
+        beside: list[Culprit] = []
+        for culprit in filter(None, found):
+            (beside if culprit.beside else culprits).append(culprit)
         held = held | {culprit.key for culprit in culprits}
         culprits += [c for c in beside if doubtful and not self._right_around(judge, c, held)]
         held = held | {culprit.key for culprit in culprits}

@@ -30,7 +30,7 @@ __all__ = ["Plan", "State", "batches", "diverged", "finished", "judge", "out_of_
 
 MODALITY_DROPOUT = 0.1  # so that the head has met absent modalities before prediction does
 MOST_STEPS_KEPT = 1000
-SAMPLED = 10  # steps between the monitor's samples: not a share of the time, so that a resumed run repeats them
+SAMPLED = 25  # steps between the monitor's samples: not a share of the time, so that a resumed run repeats them
 TUNED = ("damping", "lr", "momentum", "rejections", "trust_ratio")
 
 

@@ -23,9 +23,11 @@ def run(count: int = 25, moved: float = 1.0, lacks: float = 0.0, **sound: Any) -
     def branches(i: int) -> dict[str, dict[str, Any]]:
         usual = {"probe": 0.05, "share": 0.05, "missing": 0.0, "grad": 1.0, "curvature": 1.0}
         sight = {"probe": 0.5, "share": 0.95, "missing": lacks, "grad": 1.0, "curvature": 50.0}
+        varies = sound.get("varies", lambda i: 1.0)(i)
         return {
-            "sight": {key: scatter(value, i) for key, value in sight.items()} | {"layers": "first"},
-            "sound": {key: scatter(value, i) for key, value in (usual | sound).items()} | {"layers": "middle last"},
+            "sight": {key: scatter(value, i) for key, value in sight.items()} | {"varies": 1.0, "layers": "first"},
+            "sound": {key: scatter(value, i) for key, value in (usual | sound).items()}
+            | {"varies": varies, "layers": "middle last"},
         }
 
     middle: Curve = lambda i: 0.1 * i * moved  # noqa: E731
@@ -34,11 +36,14 @@ def run(count: int = 25, moved: float = 1.0, lacks: float = 0.0, **sound: Any) -
     )
 
 
+# Too little for the other reasons: a probe that is above zero over the whole run only.
+FEW: dict[str, Any] = {"probe": lambda i: 0.1 if i % 3 == 0 else 0.0}
 STARVED: dict[str, Stats] = {
     "learns too slowly": run(probe=lambda i: 0.004 * i),
     "is not heard": run(missing=0.1, probe=0.3),
     "has hardly moved": run(moved=0.001, share=0.5),
     "has lost its gradient": run(grad=lambda i: 0.8**i),
+    "comes in another unit": run(varies=lambda i: 1e-3, **FEW),
 }
 HEALTHY: dict[str, Stats] = {
     "noise": run(probe=0.0),
@@ -49,6 +54,11 @@ HEALTHY: dict[str, Stats] = {
     "knows as much, pretrained": run(moved=0.001, probe=0.5, share=0.6),
     "gets no gradient at all": run(probe=lambda i: 0.004 * i, grad=lambda i: -0.01 * ((7 * i) % 5 - 2) / 2),
     "its probe is not sure": run(probe=lambda i: 0.03 + 0.2 * (-1) ** i, grad=lambda i: 0.8**i),
+    "comes in another unit, but is noise": run(varies=lambda i: 1e-3, probe=lambda i: 0.01 * (-1) ** i),
+    "comes in another unit, but is heard": run(varies=lambda i: 1e-3, share=0.6, **FEW),
+    "its last layer started at zero": run(varies=lambda i: 1e-5 * 1.3**i, **FEW),
+    "is somewhat fainter": run(varies=lambda i: 0.02, **FEW),
+    "comes in another unit, too early": run(9, varies=lambda i: 1e-3, **FEW),
     "too early": run(9, probe=lambda i: 0.004 * i),
     "no towers": made(25),
 }
@@ -60,6 +70,7 @@ def test_starved(name: str) -> None:
     assert (finding.kind, finding.where, finding.severity) == ("starved_branch", "sound", "warning")
     assert set(finding.evidence) >= {"steps", "values", "sight", "sound"}
     assert "sight" in finding.remedy
+    assert ("variance one" in finding.remedy) == ("unit" in name)
 
 
 @pytest.mark.parametrize("name", HEALTHY)
@@ -68,7 +79,7 @@ def test_left_in_peace(name: str) -> None:
 
 
 def test_the_reason_is_told() -> None:
-    words = ["still rises", "still gets wrong", "times less", "faded"]
+    words = ["still rises", "still gets wrong", "times less", "faded", "cannot be heard"]
     assert all(word in rule(stats)[0].message for word, stats in zip(words, STARVED.values(), strict=True))
 
 

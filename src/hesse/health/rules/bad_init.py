@@ -89,10 +89,10 @@ def _stream(stats: Stats, record: Record, paths: list[str]) -> list[Finding]:
     told = [loss for _, loss in stats.told] or stats.losses
     known = [abs(loss) for loss in told if math.isfinite(loss)]
     unsettled = len(known) < len(told) or max(known, default=0.0) > 2 * min(known, default=0.0)
-    swamped = [now for now in stats.records if _swamped(now, paths[-1])]
+    first, last = next(iter(sizes)), paths[-1]
+    swamped = [now for now in stats.records if _swamped(now, last) and _about_size(stats, now, last, sizes[first])]
     if not unsettled or not swamped:
         return []
-    first, last = next(iter(sizes)), paths[-1]
     return [
         _finding(
             stats,
@@ -117,6 +117,23 @@ def _swamped(record: Record, head: str) -> bool:
     if loss is None or not math.isfinite(loss) or not out:
         return False
     return 0.5 < loss / out**2 < 2 or (out > LARGE and 0.3 < loss / out < 6)
+
+
+def _about_size(stats: Stats, record: Record, head: str, usual: float) -> bool:
+    """Whether outputs are far above a usual size, and shrinking them would take most of the loss away.
+
+    Loss over slope times size is 1/2 for squares and about 1 for logits, and small where targets are as large as the
+    outputs, as in a model that has been trained.
+    """
+    layer = record["layers"][head]
+    slope, rows = number(layer, "out_grad_rms"), record.get("rows")
+    if layer["out_rms"] < LARGE * usual:
+        return False
+    if not slope or not rows:
+        return True
+    shapes = [p["shape"] for p in stats.anatomy[head]["params"].values() if p["shape"] and len(p["shape"]) > 1]
+    width = shapes[0][0] if shapes else 1
+    return bool(abs(record["loss"]) > 0.3 * slope * rows * math.sqrt(width) * layer["out_rms"])
 
 
 def _alike(stats: Stats, record: Record, paths: list[str]) -> list[Finding]:

@@ -14,6 +14,7 @@ __all__ = ["starved_branch"]
 
 LONG = 8  # samples in a row: a tower may well be heard first and the other soon after
 SLOWER = 50  # times less moved than the other: no usual choice of learning rates
+UNHEARD = "what it gives differs"
 FAINTER = 100  # times less told apart than by the other: a weight that many times the usual would have to make up
 
 
@@ -57,8 +58,8 @@ def _why(records: list[Record], path: str, leader: str) -> str | None:
     ahead = 0  # samples in a row
     while ahead < len(records) and _behind(records[-1 - ahead], path, leader):
         ahead += 1
-    if ahead >= LONG and len(records) >= FIRST + LONG and _faint(records, path, leader):
-        return f"what it gives differs from example to example {FAINTER} times less and more: it cannot be heard"
+    if ahead >= LONG and len(records) >= FIRST + LONG and (times := _fainter(records, path, leader)):
+        return f"{UNHEARD} from example to example {times:.0f} times less than what {leader} gives: it cannot be heard"
     half = records[len(records) // 2 :]
     probe = _series(half, path, "probe")
     below = fmean(probe) < _mean(half, leader, "probe") / 2
@@ -79,17 +80,19 @@ def _why(records: list[Record], path: str, leader: str) -> str | None:
     return None
 
 
-def _faint(records: list[Record], path: str, leader: str) -> bool:
-    """Whether the tower says nearly the same for every example, always has, and yet holds a part of the target."""
+def _fainter(records: list[Record], path: str, leader: str) -> float | None:
+    """How many times less the tower tells examples apart than the leader, if it never did and yet knows of the target.
+
+    One that has grown from nothing, as with a last layer that starts at zero, is on its way.
+    """
     probe = _series(records, path, "probe")
     if _errors(probe) < 3 or fmean(probe) < 0.03 * _mean(records, leader, "probe"):
-        return False
-    ratios = [
-        _number(record, path, "varies") / size for record in records if (size := _number(record, leader, "varies"))
-    ]
-    # One that has grown from nothing, as with a last layer that starts at zero, is on its way.
-    growing = ratios[-1] > 3 * median(ratios[:FIRST]) if ratios else True
-    return bool(ratios) and 0 < max(ratios) < 1 / FAINTER and not growing
+        return None
+    sizes = [(_number(record, path, "varies"), _number(record, leader, "varies")) for record in records]
+    times = [large / small for small, large in sizes if small > 0]
+    if len(times) < len(sizes) or min(times) < FAINTER or 3 * times[-1] < median(times[:FIRST]):
+        return None
+    return times[-1]
 
 
 def _behind(record: Record, path: str, leader: str) -> bool:
@@ -106,14 +109,22 @@ def _finding(records: list[Record], path: str, leader: str, why: str) -> Finding
     evidence: dict[str, Any] = {"steps": [record["step"] for record in records], "values": probe}
     for name in (path, leader):
         evidence[name] = {key: _series(records, name, key) for key in ("probe", "share", "grad", "curvature")}
+    remedy = (
+        f"Give it what {leader} takes away: a loss of its own (a head on its features), batches in which {leader} is "
+        "blanked (modality dropout), or training it alone first; where it is fed on another scale or rate, normalise "
+        "its inputs and features and raise its learning rate."
+    )
+    if why.startswith(UNHEARD):
+        remedy = (
+            "Bring its inputs to mean zero and variance one, as those of the others, or normalise its features before "
+            f"they are joined to those of {leader}."
+        )
     return Finding(
         "starved_branch",
         path,
         f"It explains {max(shares[0], 0):.0%} of the model's output, {leader} {shares[1]:.0%}; a linear probe finds "
         f"{max(probes[0], 0):.0%} of the target in its features ({probes[1]:.0%} in those of {leader}), and {why}.",
-        f"Give it what {leader} takes away: a loss of its own (a head on its features), batches in which {leader} is "
-        "blanked (modality dropout), or training it alone first; where it is fed on another scale or rate, normalise "
-        "its inputs and features and raise its learning rate.",
+        remedy,
         value=shares[0],
         limit=shares[1] / 3,
         step=now[-1]["step"],
