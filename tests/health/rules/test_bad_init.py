@@ -63,7 +63,7 @@ HEALTHY = {
     "a factor that comes to little": gentle(1.05, out=8.0, loss=8.0),
     "a factor that comes from one place": written(
         {path: {"in_rms": 1.0 if i < 8 else 100.0} for i, path in enumerate(DEPTH)}
-        | {"15": {"in_rms": 100.0, "out_rms": 60.0}},
+        | {"15": {"in_rms": 100.0, "out_rms": 60.0, "out_grad_rms": 0.01}},
         chain=DEPTH,
         samples=3,
         loss=60.0,

@@ -222,6 +222,7 @@ def test_numbers_of_a_tower_are_the_plain_ones() -> None:
     numbers = reading["sound"]
     assert float(numbers["grad"]) == pytest.approx(float(g.norm()))
     assert float(numbers["out"]) == pytest.approx(float(h.detach().square().mean().sqrt()))
+    assert float(numbers["varies"]) == pytest.approx(float(h.detach().var(0, correction=0).mean().sqrt()))
     rows = (40 * g).square().sum(1).mean() * h.detach().square().sum(1).mean()
     assert float(numbers["curvature"]) == pytest.approx(float(rows), rel=1e-4)
     assert numbers["layers"] == "sound.0 sound.2"
