@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import hesse
 
-PAIRS = 9
-SECONDS = 2.0  # about as long is each of the two trainings of a pair
+PAIRS = 3
+SECONDS = 5.0  # about as long is each of the two trainings of a pair
 Batch = tuple[Tensor, Tensor]
 
 
