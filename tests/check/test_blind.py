@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ MISSES: dict[str, dict[str, Any]] = {
 
 def checked(case: Fault | Healthy, *broken: bool) -> check.Report:
     torch.manual_seed(0)
+    random.seed(0)
     return getattr(check, case.check)(*case.make(*broken))
 
 

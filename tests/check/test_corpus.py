@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -25,6 +27,7 @@ FAULTS = [
 
 def checked(case: Fault | Healthy, *broken: bool) -> check.Report:
     torch.manual_seed(0)
+    random.seed(0)
     return getattr(check, case.check)(*case.make(*broken))
 
 

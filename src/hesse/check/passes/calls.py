@@ -303,10 +303,13 @@ def first_non_finite(calls: Sequence[Call]) -> Call | None:
 def first_difference(calls: Sequence[Call], again: Sequence[Call]) -> Call | None:
     """Where two passes that should be the same part: the innermost, earliest call that makes different outputs of
     the same inputs; else the innermost around the earliest call whose inputs differ, where something else comes in.
+    Where other modules are called, it is the innermost around both, which chose them.
     """
     for one, two in zip(calls, again, strict=False):
         if one.path != two.path:
-            return one
+            around = [call for call in calls if call.index <= one.index and one.end <= call.end]
+            choosing = [call for call in around if inside(two.path, call.path)]
+            return max(choosing, key=lambda call: call.index) if choosing else one
         if _same(one.outputs, two.outputs):
             continue
         if _same(tensors_of((one.args, one.kwargs)), tensors_of((two.args, two.kwargs))):
