@@ -171,8 +171,8 @@ def _through_a_file(stand: Stand, trial: Trial) -> tuple[dict[str, Any] | None, 
         return torch.load(file, weights_only=True), None
     except pickle.UnpicklingError as error:
         message = f"Its saved state cannot be loaded with weights_only=True, torch's default: {_class_named(error)}."
-    file.seek(0)
-    return torch.load(file, weights_only=False), stand.finding("pickle", message, remedy, method=method)
+    # What else it does is asked of a copy: pickled objects are never loaded.
+    return copy.deepcopy(trial.optimizer.state_dict()), stand.finding("pickle", message, remedy, method=method)
 
 
 def _class_named(error: BaseException) -> str:
