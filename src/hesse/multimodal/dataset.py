@@ -8,29 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hesse.finding import Finding, InputError
-from hesse.multimodal.columns import Column
-from hesse.multimodal.encoders import audio, image, text
-from hesse.multimodal.media import allocate, at_cell, decode_files, find_files
+from hesse.multimodal.inputs import read_inputs
 from hesse.multimodal.model import Data
 from hesse.multimodal.schema import Schema
 from hesse.multimodal.table import Table
-from hesse.multimodal.values import labels, numbers, require_readable, short, texts
+from hesse.multimodal.values import codes_of, labels, numbers, require_readable, short
 
 __all__ = ["Dataset", "encode"]
 
-FAR = 10.0  # standard deviations: a value further out is brought in to here
 MOST_LISTED = 20  # findings about single rows
 
 Indices = Tensor | NDArray[np.int64] | Sequence[int] | slice
@@ -112,43 +106,7 @@ def encode(
         if len(rows) < len(table):
             findings.append(_without_target(schema, table, len(table) - len(rows)))
 
-    cells = {
-        key: texts(table.column(columns[0].name).take(pa.array(rows)))
-        for key, columns in schema.modalities.items()
-        if key != "columns"
-    }
-    files = {  # every path is judged before the first file is opened
-        key: find_files(table, schema.modalities[key][0].name, cells[key], rows.tolist(), root)
-        for key in cells
-        if schema.modalities[key][0].kind != "text"
-    }
-    total = sum(len(column) - column.count(None) for column in files.values())
-    done = 0
-
-    def tick(more: int) -> None:
-        nonlocal done
-        done += more
-        if progress is not None:
-            progress(done, total)
-
-    arrays: dict[str, tuple[tuple[NDArray[Any], ...], NDArray[np.bool_]]] = {}
-    bad: dict[int, InputError] = {}  # the first error of each position
-    for key, columns in schema.modalities.items():
-        if key == "columns":
-            arrays[key] = _columns(columns, table, rows)
-            continue
-        column = columns[0]
-        if column.kind == "text":
-            data = _text(column, cells[key])
-        else:
-            module = image if column.kind == "image" else audio
-            shape, dtype = module.storage(column.settings)
-            data = allocate((len(rows), *shape), dtype)
-            errors = decode_files(files[key], partial(module.decode, settings=column.settings), data, tick)
-            for i, error in errors.items():
-                bad.setdefault(i, at_cell(error, table, column.name, int(rows[i]), cells[key][i] or ""))
-        arrays[key] = (data,), np.array([cell is not None for cell in cells[key]], bool)
-
+    arrays, bad = read_inputs(schema, table, rows, root, progress)
     if bad:
         findings += _bad_rows(bad, len(rows), table, skip_bad_rows)
         keep = np.setdiff1d(np.arange(len(rows)), list(bad))
@@ -191,7 +149,7 @@ def _targets(schema: Schema, table: Table) -> tuple[NDArray[np.int64], NDArray[A
         return rows, standard.astype(np.float32)[:, None]
     values = labels(table.column(name))
     rows = np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False))
-    codes = _code(values, list(schema.classes), unknown=-1)[rows]
+    codes = codes_of(values, list(schema.classes), unknown=-1)[rows]
     new = rows[codes < 0]
     if new.size:
         raise InputError(
@@ -201,44 +159,6 @@ def _targets(schema: Schema, table: Table) -> tuple[NDArray[np.int64], NDArray[A
             f"It knows: {', '.join(short(c) for c in schema.classes[:20])}.",
         )
     return rows, codes
-
-
-def _columns(
-    columns: list[Column], table: Table, rows: NDArray[np.int64]
-) -> tuple[tuple[NDArray[np.float32], NDArray[np.int64]], NDArray[np.bool_]]:
-    """Numbers ``[N, n]`` and categories ``[N, m]``; present is a row with any value."""
-    measured = [column for column in columns if column.kind == "number"]
-    named = [column for column in columns if column.kind == "category"]
-    floats = np.empty((len(rows), len(measured)), np.float32)
-    codes = np.empty((len(rows), len(named)), np.int64)
-    present = np.zeros(len(rows), bool)
-    for j, column in enumerate(measured):
-        values = numbers(table, column.name)[rows]
-        present |= ~np.isnan(values)
-        mean, std = column.settings["mean"], column.settings["std"]
-        floats[:, j] = (np.clip(values, mean - FAR * std, mean + FAR * std) - mean) / std
-    for j, column in enumerate(named):
-        values = labels(table.column(column.name)).take(pa.array(rows))
-        present |= values.is_valid().to_numpy(zero_copy_only=False)
-        known = column.settings["values"]
-        codes[:, j] = 1 + _code(values, known, unknown=len(known) if column.settings["other"] else -1)
-    return (floats, codes), present
-
-
-def _code(values: pa.Array, known: list[str], unknown: int) -> NDArray[np.int64]:
-    """The place of each value among the known ones; ``unknown`` for others, -1 for missing ones."""
-    places = pc.index_in(values, value_set=pa.array(known, pa.large_string()))
-    places = pc.if_else(values.is_valid(), pc.fill_null(places, unknown), -1)
-    return np.asarray(places.to_numpy(zero_copy_only=False), np.int64)
-
-
-def _text(column: Column, cells: list[str | None]) -> NDArray[Any]:
-    shape, dtype = text.storage(column.settings)
-    data = allocate((len(cells), *shape), dtype)
-    for i, cell in enumerate(cells):
-        if cell is not None:
-            data[i] = text.decode(cell, column.settings)
-    return data
 
 
 def _keep(data: NDArray[Any], keep: NDArray[np.intp]) -> NDArray[Any]:

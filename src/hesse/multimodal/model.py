@@ -77,16 +77,23 @@ class FusedModel(nn.Module):
                 prepared[key] = (encoder.prepare(data), present)
         return prepared
 
-    def forward(self, **inputs: tuple[Data, Tensor]) -> Tensor:
+    def features(self, **inputs: tuple[Data, Tensor]) -> dict[str, Tensor]:
+        """What each encoder makes of its modality, ``[B, FEATURES]`` by name; of absent data, of zeros."""
         if inputs.keys() != self.encoders.keys():
             wanted, got = ", ".join(self.encoders), ", ".join(inputs) or "none"
             raise ValueError(f"The model takes the modalities {wanted}; got {got}.")
-        present = {key: here for key, (_, here) in inputs.items()}
         # Absent data are blanked before the encoder: masking its output alone would leave 0 x NaN in the
         # gradients.
-        features = {key: encoder(_blank(inputs[key][0], present[key])) for key, encoder in self.encoders.items()}
+        return {key: encoder(_blank(*inputs[key])) for key, encoder in self.encoders.items()}
+
+    def fuse(self, features: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
+        """The outputs ``[B, outputs]`` from the features of :meth:`features` and bool ``[B]`` by modality."""
         output: Tensor = self.head(self.fusion(features, present))
         return output
+
+    def forward(self, **inputs: tuple[Data, Tensor]) -> Tensor:
+        features = self.features(**inputs)
+        return self.fuse(features, {key: present for key, (_, present) in inputs.items()})
 
 
 def _blank(data: Data, present: Tensor) -> Data:

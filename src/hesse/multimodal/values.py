@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hesse.finding import InputError
 from hesse.multimodal.table import Table
 
-__all__ = ["is_readable", "labels", "not_numbers", "numbers", "require_readable", "texts", "try_numbers"]
+__all__ = ["codes_of", "is_readable", "labels", "not_numbers", "numbers", "require_readable", "texts", "try_numbers"]
 
 _NUMBER = r"^([+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(?i:inf|infinity|nan(\(\w*\))?))$"
 
@@ -99,6 +99,13 @@ def labels(values: pa.Array) -> pa.Array:
     words = pc.replace_substring_regex(words, r"^([+-]?\d+)\.0*$", r"\1")
     truth = pc.match_substring_regex(words, r"^(?i:true|false)$")
     return pc.if_else(truth, pc.ascii_lower(words), words).take(coded.indices)
+
+
+def codes_of(values: pa.Array, known: list[str], unknown: int) -> NDArray[np.int64]:
+    """The place of each value among the known ones; ``unknown`` for others, -1 for missing ones."""
+    places = pc.index_in(values, value_set=pa.array(known, pa.large_string()))
+    places = pc.if_else(values.is_valid(), pc.fill_null(places, unknown), -1)
+    return np.asarray(places.to_numpy(zero_copy_only=False), np.int64)
 
 
 def texts(values: pa.Array) -> list[str | None]:

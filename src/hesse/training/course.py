@@ -24,6 +24,7 @@ from hesse.multimodal import FusedModel
 from hesse.objective import closure
 from hesse.objective.replicas import Replicas
 from hesse.training import checkpoint
+from hesse.training.build import build_model
 from hesse.training.evaluate import LOSSES, evaluate
 from hesse.training.loop import (
     Plan,
@@ -134,7 +135,7 @@ def _begin(course: Course, screen: Screen, checked: bool) -> State:
     """Model, optimiser and state from the seed, or from the checkpoint if there is one."""
     plan = course.plan
     torch.default_generator.manual_seed(plan.seed)  # torch.manual_seed would disturb the caller's devices too
-    model = FusedModel(plan.schema.model_settings(), plan.schema.outputs)
+    model = build_model(plan.schema, course.config)
     replica = plan.team.replica(model)
     state = start(model, make_optimizer(course.config["optimizer"], replica, course.config["lr"]), replica)
     if (course.folder / checkpoint.CHECKPOINT).exists():

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from hesse.finding import InputError
-from hesse.multimodal import Dataset, FusedModel, Schema, Table, encode, make_schema, read_table
+from hesse.multimodal import Dataset, Schema, Table, encode, make_schema, read_table
 from hesse.training import call
+from hesse.training.build import build_model
 from hesse.training.checkpoint import CHECKPOINT
 from hesse.training.course import Course, beside, follow
 from hesse.training.interrupt import interruptible
@@ -150,7 +151,7 @@ def train(
     plan = _plan(settings, schema, data, parts, source.name, team)
 
     begun = call.record(schema, source) | {"notes": list(notes)} if resumed is None else resumed.config
-    config = begun | call.repeated(table, target, given) | settings | _decided(plan)
+    config = begun | call.repeated(table, target, given) | settings | _decided(plan, settings)
     team.wait()  # until all have seen that the folder may be used
     if overwrite and team.first:
         clear(folder)
@@ -208,10 +209,10 @@ def _plan(
     )
 
 
-def _decided(plan: Plan) -> dict[str, Any]:
+def _decided(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What ``config.json`` says about the plan."""
     with torch.random.fork_rng(devices=[]):
-        model = FusedModel(plan.schema.model_settings(), plan.schema.outputs)
+        model = build_model(plan.schema, settings)
     return {
         "batch_size": plan.batch_size,
         "epochs": plan.epochs,

@@ -34,6 +34,7 @@ from torch import Tensor
 from hesse.files import atomic_path, read_json, write_json
 from hesse.finding import InputError
 from hesse.multimodal import FusedModel, Schema, encode, read_table
+from hesse.training.build import build_model
 from hesse.training.evaluate import outputs
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Run:
         except (SafetensorError, OSError) as error:
             raise InputError("damaged model", str(path), f"The weights cannot be read: {error}.", ANEW) from error
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and overwritten at once
-            model = FusedModel(self.schema.model_settings(), self.schema.outputs)
+            model = build_model(self.schema, self.config)
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Fusion: the features of several modalities become one vector that says what is there and what is not."""
+"""Concatenation: the features of several modalities become one vector that says what is there and what is not."""
 
 from __future__ import annotations
 
