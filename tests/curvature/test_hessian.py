@@ -238,3 +238,19 @@ def test_bad_vectors_and_names() -> None:
     torch.testing.assert_close(product, operator @ torch.ones(n, dtype=torch.float64), **ROUNDING[torch.float32])
     with pytest.raises(TypeError, match=r"got torch.int64. Cast it"):
         operator @ torch.ones(n, dtype=torch.int64)
+
+
+def test_an_input_of_no_columns_beside_others_is_no_empty_batch() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, numbers: Tensor, codes: Tensor) -> Tensor:
+            return self.linear(torch.cat([numbers, codes], dim=1))
+
+    model = Beside()
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    beside = hessian(model, CE, ((x, torch.zeros(5, 0)), y))
+    alone = hessian(model.linear, CE, (x, y))
+    torch.testing.assert_close(beside.dense(), alone.dense())

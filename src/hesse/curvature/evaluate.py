@@ -60,7 +60,7 @@ def refuse_parameters(model: nn.Module, params: Params) -> None:
 
 def _refuse_empty(inputs: Any) -> None:
     for x in pytree.tree_leaves(inputs):
-        if isinstance(x, Tensor) and x.numel() == 0:
+        if isinstance(x, Tensor) and x.dim() and x.shape[0] == 0:  # rows without a column are rows all the same
             raise ValueError(f"the batch is empty: an input has shape {list(x.shape)}.")
 
 
