@@ -572,6 +572,22 @@ def test_wrapped_models_go_by_the_paths_of_the_model_inside() -> None:
     assert list(w.records[0]["layers"]) == ["0", "1", "2"]
 
 
+def test_with_a_long_way_between_samples_a_young_net_is_still_looked_at_every_tenth_step() -> None:
+    pace = Pace(50, torch.device("cpu"))
+    assert [step for step in range(1, 301) if pace.due(step)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        *range(10, 121, 10),
+        150,
+        200,
+        250,
+        300,
+    ]
+
+
 def test_without_every_the_cost_of_samples_sets_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("hesse.health.sampling.time.process_time", lambda: clock[0])
@@ -694,4 +710,6 @@ def test_an_unusual_loss_is_judged_at_once() -> None:
             for step in range(1, 41):
                 plain(model, opt, x, y, w)
                 w.step(loss=1.0 + 0.01 * (step % 3) + 10 * (step == 33))
-    assert judged[-1] == [33, pytest.approx(11.0)] and len(judged) == 6
+    # The first five steps, every tenth, and the one that is unusual.
+    assert [step for step, _ in judged] == [1, 2, 3, 4, 5, 10, 20, 30, 33, 40]
+    assert judged[-2] == [33, pytest.approx(11.0)]

@@ -166,8 +166,8 @@ def watch(
         model: the module that is trained; frozen parameters are not watched. It may be wrapped for several processes
             or compiled; layers go by the paths of the model inside.
         optimizer: whose steps count. Without it those of every optimiser count that holds parameters of the model.
-        every: steps between samples; the first five are always sampled. Without it so few that they cost at most a
-            twentieth of the running time, once the first seconds are over.
+        every: steps between samples; the first five, and every tenth of the first 120, are always sampled. Without it
+            so few that they cost at most a twentieth of the running time, once the first seconds are over.
         guard: what happens to a step that would do harm, because its gradient is not finite or far longer than the
             history of its layers allows. "warn" logs findings as they arise, None does not; "skip" leaves the step
             out; "stop" raises :class:`~hesse.health.guard.TrainingStopped` before it; "repair" also clips single

@@ -1,7 +1,8 @@
 """When to look: every so many steps, or as often as a share of the running time pays for.
 
 The first steps are always looked at: young nets change quickly, and bad ones do not live long. With a fixed number
-of steps between looks a run is sampled alike each time. Without one, the time of a sampled step is held against
+of steps between looks a run is sampled alike each time, every tenth step at least while it is young: one modality
+starves another within an epoch or two. Without one, the time of a sampled step is held against
 that of plain ones, and the interval is what keeps the difference at :data:`SHARE` of the whole. The early steps are
 looked at more often, at intervals that grow with the age of the run, until this has cost :data:`ALLOWANCE`.
 """
@@ -18,6 +19,7 @@ import torch
 __all__ = ["FIRST", "SHARE", "Pace"]
 
 FIRST = 5
+YOUNG, OFTEN = 120, 10  # so many steps are sampled every so many at least
 SHARE = 0.015  # of the running time; a plain step is counted and glanced at too, about 0.08 ms, and what a sample
 # evicts from the caches is paid for by the steps after it
 ALLOWANCE = 0.1  # seconds in all that early samples may cost beyond the share
@@ -75,7 +77,7 @@ class Pace:
         if step <= FIRST:
             return True
         if self.every is not None:
-            return step % self.every == 0
+            return step % self.every == 0 or (step <= YOUNG and step % OFTEN == 0)
         if self.agree:
             return step % self.interval == 0
         wait = step - self._last
