@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hesse import tree
 from hesse.curvature.layers import Form
@@ -84,19 +85,20 @@ def draw(objective: Objective, outputs: Tensor, curvature: OutputCurvature, seed
         curvature: of the loss there.
         seed: the same in all processes.
     """
-    replicas, targets = objective.replicas, objective.targets
+    replicas = objective.replicas
+    targets, spec = pytree.tree_flatten(objective.targets)  # one tensor, or one for each of several losses
     generator = torch.Generator(outputs.device)
     if replicas.size > 1:
         whole = (
             curvature.reduction is not None  # a loss of one's own does not say what a term weighs in the whole
             and outputs.numel() * replicas.size <= WHOLE
-            and isinstance(targets, Tensor)
-            and outputs.shape[:1] == targets.shape[:1] != ()
+            and all(isinstance(target, Tensor) and outputs.shape[:1] == target.shape[:1] != () for target in targets)
         )
-        if not replicas.same((outputs.shape, targets.shape) if whole else f"only of {replicas.rank}"):
+        shapes = (outputs.shape, [target.shape for target in targets]) if whole else f"only of {replicas.rank}"
+        if not replicas.same(shapes):
             return curvature.draw(generator.manual_seed(seed * replicas.size + replicas.rank))
-        every = (replicas.gather(outputs.detach()), replicas.gather(targets))
-        curvature = output_curvature(objective.loss_fn, *every)
+        every = pytree.tree_unflatten([replicas.gather(target) for target in targets], spec)
+        curvature = output_curvature(objective.loss_fn, replicas.gather(outputs.detach()), every)
     return replicas.share(curvature.draw(generator.manual_seed(seed)))
 
 

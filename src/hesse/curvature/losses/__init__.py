@@ -1,7 +1,8 @@
 """The losses of torch.nn whose curvature at the outputs is known in closed form, and reasons for the others.
 
 One family a file: :mod:`.categorical` (one class of many), :mod:`.elementwise` (sums over elements), :mod:`.margin`
-(squared margins); :mod:`.own` differentiates a user's own loss. A new loss is one function and one line in ``FORMS``.
+(squared margins), :mod:`.several` (some of these side by side); :mod:`.own` differentiates a user's own loss. A new
+loss is one function and one line in ``FORMS``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from hesse.curvature.losses import categorical, elementwise, margin
+from hesse.curvature.losses import categorical, elementwise, margin, several
 from hesse.curvature.losses.base import OutputCurvature
 from hesse.curvature.losses.own import own_loss
 
@@ -33,6 +34,7 @@ FORMS: dict[Callable[..., Any], Callable[..., OutputCurvature]] = {
     F.huber_loss: elementwise.huber_loss,
     F.smooth_l1_loss: elementwise.smooth_l1_loss,
     F.multi_margin_loss: margin.multi_margin_loss,
+    several.several_losses: several.several_losses_curvature,
 }
 
 _LINEAR = "it is piecewise linear, with a second derivative of zero wherever it has one"
