@@ -59,6 +59,7 @@ HEALTHY: dict[str, Stats] = {
     "its last layer started at zero": run(varies=lambda i: 1e-5 * 1.3**i, **FEW),
     "is somewhat fainter": run(varies=lambda i: 0.02, **FEW),
     "comes in another unit, too early": run(9, varies=lambda i: 1e-3, **FEW),
+    "has a loss of its own": run(probe=lambda i: 0.004 * i, own=1),
     "too early": run(9, probe=lambda i: 0.004 * i),
     "no towers": made(25),
 }

@@ -304,3 +304,56 @@ def test_a_row_is_found_from_earlier_batches_too() -> None:
         h = torch.randn(10, 8, generator=generator)
         found.append(float(sensor._probe("sight", h, h @ weights + 0.5 * torch.randn(10, 1, generator=generator))))
     assert sum(found[20:]) / 10 > sum(found[:1]) + 0.1
+
+
+class Auxiliary(Late):
+    """Beside its answer it returns, while it trains, what a tower says alone."""
+
+    answer_columns = slice(0, 3)
+    auxiliary = ("alone",)
+    own_losses = ("sound",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone = nn.Linear(6, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        heard = self.sound(b)
+        return torch.cat([self.head(torch.cat([self.sight(a), heard], 1)), self.alone(heard)], 1)
+
+
+def test_auxiliary_outputs_are_not_taken_for_the_answer() -> None:
+    torch.manual_seed(0)
+    plain, wide = Late(), Auxiliary()
+    wide.load_state_dict(plain.state_dict(), strict=False)
+    a, b, labels = torch.randn(40, 4), torch.randn(40, 4), torch.arange(40) % 3
+    readings = []
+    for model in (plain, wide):
+        calls = Calls(model)
+        sensor = Branches(model, find_layers(model), calls)
+        reading: Any = {}
+        for _ in range(2):
+            sensor.listen()
+            calls.listen()
+            outputs = model(a, b)
+            calls.rest((a, b), outputs)
+            sensor.rest()
+            loss = F.cross_entropy(outputs[:, :3], labels)
+            if model is wide:
+                loss = loss + F.cross_entropy(outputs[:, 3:], labels.roll(1))
+            loss.backward()
+            reading = sensor.read()
+        readings.append(reading)
+    assert [path for path, found in readings[1].items() if found.get("own")] == ["sound"]
+    for path in ("sight", "sound"):
+        for name in ("probe", "share", "missing"):
+            assert float(readings[0][path][name]) == pytest.approx(float(readings[1][path][name]), abs=1e-5)
+
+
+def test_features_that_are_mostly_dead_and_alike_can_be_probed() -> None:
+    """The solver for eigenvalues gives up on such matrices in single precision, at some sizes."""
+    x = torch.zeros(128, 64)
+    x[:, :3] = 1e-30 * torch.randn(128, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 1e3
+    y = torch.randn(128, 2, generator=torch.Generator().manual_seed(1))
+    assert bool(explained(x, [y])[0].isfinite())

@@ -36,7 +36,8 @@ def starved_branch(stats: Stats) -> list[Finding]:
       less than with the leader, as when its input comes in another unit: it cannot be heard, whatever it knows.
 
     The part of the loss that is left shrinks with the leader's success, and with it what drives the other (Wang, Tran
-    and Feiszli, 2020; Peng et al., 2022). Remedy: give it a loss of its own, or batches without the leader.
+    and Feiszli, 2020; Peng et al., 2022). Remedy: give it a loss of its own, or batches without the leader. One that
+    has its own loss, as in :mod:`hesse.multimodal.balance`, may be slow, but not for want of a gradient.
     """
     records = [record for record in stats.records if len(record.get("branches", {})) > 1]
     if len(records) < FIRST + PATIENCE:
@@ -46,6 +47,8 @@ def starved_branch(stats: Stats) -> list[Finding]:
     for path in recent[-1]["branches"]:
         leader = max(recent[-1]["branches"], key=lambda other: _mean(recent, other, "share"))
         if leader == path or not all(_number(record, path, "grad") for record in recent):
+            continue
+        if _number(recent[-1], path, "own"):  # whatever the leader does, it is driven
             continue
         why = _why(records, path, leader)
         if why is not None:

@@ -69,7 +69,10 @@ class Branches:
       each row left out in turn. At most 1; about 0 or a little below for features that say nothing.
     - ``layers``: paths of its layers, separated by spaces.
 
-    Nothing is read of models without towers, and of outputs that are not tensors ``[rows, ...]``.
+    Nothing is read of models without towers, and of outputs that are not tensors ``[rows, ...]``. A model that returns
+    more than its answer while it trains says by an attribute ``answer_columns``, a slice of dimension 1, where that is,
+    and by ``auxiliary``, names of modules, what is not on the way to it. Where some towers have a loss of their own
+    besides, ``own_losses`` has the last parts of their paths, and the reading ``"own": 1``.
     """
 
     section: ClassVar[Section] = "branches"
@@ -110,7 +113,11 @@ class Branches:
                 "curvature": n * g.float().square().sum() * h.square().sum() / h.shape[0],
                 "layers": " ".join(tower.layers),
             }
-            if output is not None and slope is not None and len(output) == n and output[0].numel() <= CLASSES:
+            if tower.path.rpartition(".")[2] in getattr(self.model, "own_losses", ()):
+                reading[tower.path]["own"] = 1
+            if output is None or slope is None or len(output) != n or output[0].numel() > CLASSES:
+                continue
+            if bool(slope.any()):  # a loss without a slope says nothing of its target
                 y, o, r = (_few(_flat(t)) for t in (target(output, slope), output, slope))
                 reading[tower.path]["probe"] = self._probe(tower.path, h, y)
                 reading[tower.path]["share"], reading[tower.path]["missing"] = explained(h, (o, r))
@@ -153,6 +160,8 @@ class Branches:
         if call.module is self.model:
             self._conclude(output)
         elif self.towers is None:
+            if call.path.partition(".")[0] in getattr(self.model, "auxiliary", ()):
+                return
             read = tuple((x.data_ptr(), x.numel()) for x in tensors((call.args, call.kwargs)))
             self._seen.append(_Seen(call.path, call.module, output.grad_fn, read, output.shape[0]))
         elif any(call.path == tower.end for tower in self.towers):
@@ -166,13 +175,18 @@ class Branches:
             self.towers = find(self._seen, output, self.layers)
             self._seen = []
             return
-        self._output = output.detach()
+        self._output = self._answer(output.detach())
         output.register_hook(self._keep(None))
+
+    def _answer(self, t: Tensor) -> Tensor:
+        """The part of the model's output, or of its gradient, that is its answer."""
+        columns = getattr(self.model, "answer_columns", None)
+        return t[:, columns] if isinstance(columns, slice) and t.dim() > 1 else t
 
     def _keep(self, path: str | None) -> Callable[[Tensor], None]:
         def keep(grad: Tensor) -> None:
             if path is None:
-                self._slope = grad.detach().clone()
+                self._slope = self._answer(grad.detach()).clone()
             else:
                 self._grads[path] = grad.detach().clone()
 
@@ -292,7 +306,8 @@ def explained(x: Tensor, targets: Sequence[Tensor], first: int | None = None) ->
     """
     n = x.shape[0]
     x = x.float() - x.float().mean(0)
-    values, vectors = torch.linalg.eigh(torch.nan_to_num(x.T @ x))
+    # In double precision: of features that are mostly dead the solver gives up in single.
+    values, vectors = (t.float() for t in torch.linalg.eigh(torch.nan_to_num((x.T @ x).double())))
     rotated = x @ vectors
     best: list[Tensor] = []
     for damping in DAMPINGS:
