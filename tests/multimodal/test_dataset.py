@@ -147,7 +147,8 @@ def test_targets() -> None:
     data = encode(schema, table, root=Path())
     assert data.targets is not None
     assert data.targets.dtype == torch.float32
-    assert (data.targets[:, 0] * schema.scale + schema.mean).tolist() == pytest.approx(y, rel=1e-5)
+    (target,) = schema.targets
+    assert (data.targets[:, 0] * target.scale + target.mean).tolist() == pytest.approx(y, rel=1e-5)
     train = data.targets[data.positions(parts["train"])]
     assert (float(train.mean()), float(train.std(correction=0))) == pytest.approx((0, 1), abs=1e-6)
 
@@ -161,8 +162,13 @@ def test_prediction_needs_the_inputs_and_not_the_target() -> None:
     assert data.batch([0])[1] is None
     with pytest.raises(InputError, match="lacks 'x', 'y'"):
         encode(schema, new_table(w=[1.0]), root=Path())
-    with pytest.raises(InputError, match="lacks 'x', which"):
-        encode(schema, new_table(w=[1.0]), root=Path(), with_target=False)
+    with pytest.raises(InputError, match="lacks 'x', 'w', which"):
+        encode(schema, new_table(v=[1.0]), root=Path(), with_target=False)
+    data = encode(schema, new_table(W=[1.0, 2.0], x=["S", "M"]), root=Path(), with_target=False)
+    (numbers, codes), present = data.inputs["columns"]
+    assert (numbers.isnan().all(), codes[:, 0].tolist(), present.all()) == (True, [2, 1], True)
+    assert [(f.kind, f.value) for f in data.findings] == [("missing column", "w")]
+    assert "Did you mean 'W'?" in data.findings[0].remedy
     with pytest.raises(InputError, match=r"row 2, column 'w': The value 'big' is not a number"):
         encode(schema, new_table(w=["1", "big"], x=["S", "M"]), root=Path(), with_target=False)
     with pytest.raises(InputError, match=r"column 'x': The column holds list<.*> values"):

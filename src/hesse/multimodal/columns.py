@@ -1,8 +1,8 @@
 """What a column is, found by looking at its values, with the reason in words.
 
-A column is an image or audio path, a number, a category or text; or it is left out, because it says nothing
-(one value throughout) or says which row it is and not what the row is like (an identifier). The user sees
-kind and reason before training starts and can overrule them: ``--column zip=category``.
+A column is an image or audio path or several of images, a number, a date, half of a place, a category or text; or it is
+left out, because it says nothing (one value throughout) or says which row it is and not what the row is like (an
+identifier). The user sees kind and reason before training starts and can overrule them: ``--column zip=category``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hesse.finding import InputError
+from hesse.multimodal import dates
 from hesse.multimodal.media import OUTSIDE, find_file
+from hesse.multimodal.sequences import is_list_of_texts, paths_in, sequences
 from hesse.multimodal.table import Table
 from hesse.multimodal.values import is_readable, not_numbers, require_readable, short, try_numbers
 
 __all__ = ["KINDS", "Column", "Kind", "describe", "is_few", "refuse_mixed"]
 
-Kind = Literal["image", "audio", "text", "number", "category"]
+Kind = Literal["image", "audio", "text", "number", "category", "date", "latitude", "longitude", "images"]
 Role = Literal["input", "target", "split", "ignored"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
@@ -34,7 +36,6 @@ MEDIA: dict[Kind, tuple[str, ...]] = {
 }
 MOST_CATEGORIES = 1000
 
-_DATE = r"^(\d{4}-\d{1,2}-\d{1,2}([ T].*)?|\d{1,2}[./]\d{1,2}[./]\d{2,4}( .*)?)$"
 _ID_NAME = re.compile(r"(^|[\W_])(id|uuid|guid|index|idx|key|nr|no|row|unnamed)([\W_]*\d*)$", re.IGNORECASE)
 _CAMEL_ID = re.compile(r"[a-z]I[dD]$")
 
@@ -107,6 +108,8 @@ def describe(table: Table, name: str, root: Path, override: str | None = None) -
     """
     values = table.column(name)
     if not is_readable(values):
+        if is_list_of_texts(values) and override in (None, "images"):
+            return _listed(values, name, root, override)
         if override not in (None, "ignore"):
             require_readable(table, name)
         missing = values.null_count
@@ -130,11 +133,11 @@ def _obey(table: Table, name: str, facts: _Facts, override: str) -> tuple[Kind, 
     is_text = pa.types.is_large_string(facts.values.type)
     if override == "ignore":
         return ("text" if is_text else "number"), "ignored", "as asked"
-    if override in MEDIA and not is_text:
+    if (override in MEDIA or override == "images") and not is_text:
         raise InputError(
             "wrong kind",
             table.where(name),
-            f"The column holds numbers, which are not paths of {override} files.",
+            f"The column holds numbers, which are not paths of {override.removesuffix('s')} files.",
             f"Leave --column {name}={override} away.",
         )
     if not facts.present:
@@ -165,17 +168,17 @@ def _find(table: Table, name: str, root: Path, facts: _Facts) -> tuple[Kind, Rol
 
     media = _media(table, name, root, facts)
     if media is not None:
-        return media, "input", f"paths of {media} files"
+        return media, "input", "several paths of image files" if media == "images" else f"paths of {media} files"
+    if dates.are_dates(facts.distinct):
+        return "date", "input", _of_dates(facts.distinct)
     of = f"{facts.unique} different values in {facts.present} rows"
-    dates = pc.all(pc.match_substring_regex(facts.distinct, _DATE)).as_py()
-    category: tuple[Kind, Role, str] = ("category", "input", of + (" (dates, read as categories)" if dates else ""))
+    category: tuple[Kind, Role, str] = ("category", "input", of)
     if facts.unique <= 20 and is_few(facts.unique, facts.present):
         return category
     refuse_mixed(table, name)
+    _refuse_mixed_dates(table, name, facts)
     if is_few(facts.unique, facts.present):
         return category
-    if dates:
-        return "text", "input", "dates, read as text"
     if _names_rows(name, facts):
         return "text", "ignored", "a different code in each row: it names rows, it does not describe them"
     return "text", "input", f"free text: {of}"
@@ -206,11 +209,16 @@ def _is_id(name: str) -> bool:
 def _media(table: Table, name: str, root: Path, facts: _Facts) -> Kind | None:
     """The kind of file that nearly all values have the ending of, given that some of the files exist."""
     for kind, endings in MEDIA.items():
-        fits = pc.match_substring_regex(facts.distinct, rf"(?i)\.({'|'.join(endings)})$")
+        # Behind the ending may be what closes a JSON list.
+        fits = pc.match_substring_regex(facts.distinct, rf"(?i)\.({'|'.join(endings)})(\"\s*\])?$")
         if pc.sum(fits).as_py() < 0.8 * facts.unique:
             continue
         paths = pc.filter(facts.distinct, fits)
-        some = [paths[int(i)].as_py() for i in np.unique(np.linspace(0, len(paths) - 1, 50).astype(int))]
+        some = _sample(paths)
+        if kind == "image":
+            parted = pc.filter(paths, pc.match_substring_regex(paths, r"[|;]|^\["))
+            if any(_several(root, cell) for cell in _sample(parted)):
+                return "images"
         if any(_exists(root, cell) for cell in some):
             return kind
         raise InputError(
@@ -221,6 +229,41 @@ def _media(table: Table, name: str, root: Path, facts: _Facts) -> Kind | None:
             f"or use the names alone with --column {name}=text or --column {name}=ignore.",
         )
     return None
+
+
+def _sample(cells: pa.Array) -> list[str]:
+    """At most fifty of some texts, evenly spaced."""
+    places = np.unique(np.linspace(0, len(cells) - 1, 50).astype(int)) if len(cells) else ()
+    return [cells[int(i)].as_py() for i in places]
+
+
+def _several(root: Path, cell: str) -> bool:
+    """Whether a cell names several files, or one in a list, and is not itself the name of one."""
+    parts = paths_in(cell)
+    return parts != [cell] and any(_exists(root, part) for part in parts) and not _exists(root, cell)
+
+
+def _listed(values: pa.Array, name: str, root: Path, override: str | None) -> Column:
+    """A column of lists of texts: pictures, or nothing that is read."""
+    cells = sequences(values)
+    missing, distinct = cells.count(None), dict.fromkeys("|".join(cell) for cell in cells if cell)
+    paths = [path for cell in cells for path in cell or ()]
+    few = _sample(pa.array(paths, pa.large_string()))
+    ending = re.compile(rf"\.({'|'.join(MEDIA['image'])})$", re.IGNORECASE)
+    are_images = sum(bool(ending.search(p)) for p in few) >= 0.8 * len(few) and any(_exists(root, p) for p in few)
+    example = short(next(iter(distinct), ""))
+    if paths and (are_images or override):
+        reason = "as asked" if override else "lists of paths of image files"
+        return Column(name, "images", "input", reason, missing, len(distinct), example)
+    return Column(name, "text", "ignored", f"{values.type} values are not read", missing, len(distinct), example)
+
+
+def _of_dates(distinct: pa.Array) -> str:
+    """The reason, which says which of day and month comes first where the form leaves that open."""
+    open_form = pc.any(pc.match_substring_regex(distinct, r"^\d{1,2}[-/.]\d{1,2}[-/.]")).as_py()
+    if not open_form:
+        return "every value is a date"
+    return f"every value is a date, the {'day' if dates.day_first(distinct) else 'month'} first"
 
 
 def _exists(root: Path, cell: str) -> bool:
@@ -251,4 +294,25 @@ def refuse_mixed(table: Table, name: str) -> None:
         "Correct the cells, empty those that mean 'unknown', "
         f"or read all values as words with --column {name}=category.",
         value=short(words[0]),
+    )
+
+
+def _refuse_mixed_dates(table: Table, name: str, facts: _Facts) -> None:
+    """Dates with a few other words among them, as :func:`refuse_mixed`."""
+    start = facts.distinct.slice(0, 20)
+    if np.isfinite(dates.days_of(start, dates.day_first(start))).sum() < 4:
+        return
+    days = dates.days_of(facts.values, dates.day_first(facts.values))
+    others = np.flatnonzero(np.isnan(days) & facts.values.is_valid().to_numpy(zero_copy_only=False))
+    if len(others) > max(1, facts.present // 10):
+        return
+    word = short(facts.values[int(others[0])].as_py())
+    raise InputError(
+        "mixed column",
+        table.where(name, int(others[0])),
+        f"{facts.present - len(others)} values are dates, but {len(others)} {'is' if len(others) == 1 else 'are'} not: "
+        f"'{word}'.",
+        "Correct the cells, empty those that mean 'unknown', "
+        f"or read all values as words with --column {name}=category or --column {name}=text.",
+        value=word,
     )

@@ -7,11 +7,12 @@ everything, or, if asked, cost their rows: those are dropped, counted and listed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,13 +21,16 @@ from hesse.finding import Finding, InputError
 from hesse.multimodal.inputs import read_inputs
 from hesse.multimodal.model import Data
 from hesse.multimodal.schema import Schema
-from hesse.multimodal.table import Table
-from hesse.multimodal.values import codes_of, labels, numbers, require_readable, short
+from hesse.multimodal.sequences import is_list_of_texts
+from hesse.multimodal.table import Table, close_names
+from hesse.multimodal.target import read_targets
+from hesse.multimodal.values import require_readable
 
-__all__ = ["Dataset", "encode"]
+__all__ = ["Dataset", "encode", "read_rows", "require_columns"]
 
 MOST_LISTED = 20  # findings about single rows
 
+Targets = Tensor | tuple[Tensor, ...]
 Indices = Tensor | NDArray[np.int64] | Sequence[int] | slice
 
 
@@ -37,24 +41,25 @@ class Dataset:
     Attributes:
         inputs: for each modality ``(data, present)``: data ``[N, ...]`` as its encoder takes them, present
             bool ``[N]``.
-        targets: int64 ``[N]`` classes, float32 ``[N, 1]`` standardised values, or None.
+        targets: int64 ``[N]`` classes, float32 ``[N, labels]`` of 0 and 1, float32 ``[N, 1]`` standardised values, or
+            None; of several targets a tuple of these, where a class may be -100 and a number NaN: missing in this row.
         rows: int64 ``[N]``, the table's row of each, ascending.
         findings: rows that were left out, and why.
     """
 
     inputs: dict[str, tuple[Data, Tensor]]
-    targets: Tensor | None
+    targets: Targets | None
     rows: Tensor
     findings: list[Finding] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, indices: Indices) -> tuple[dict[str, tuple[Data, Tensor]], Tensor | None]:
+    def batch(self, indices: Indices) -> tuple[dict[str, tuple[Data, Tensor]], Targets | None]:
         """Inputs and targets of some positions (0 to N - 1), as ``hesse.closure`` takes them."""
         at = indices if isinstance(indices, slice) else torch.as_tensor(indices)
         inputs = {key: (_at(data, at), present[at]) for key, (data, present) in self.inputs.items()}
-        return inputs, None if self.targets is None else self.targets[at]
+        return inputs, None if self.targets is None else _at(self.targets, at)
 
     def positions(self, rows: NDArray[np.int64]) -> Tensor:
         """Where the table's rows ``rows`` are in this dataset, int64; rows that were left out are skipped."""
@@ -97,37 +102,64 @@ def encode(
         >>> numbers.shape, categories.shape, present.tolist(), targets.tolist()
         (torch.Size([3, 1]), torch.Size([3, 0]), [True, True, False], [0, 1, 0])
     """
-    _require_columns(schema, table, with_target)
-    findings: list[Finding] = []
+    data, bad = read_rows(schema, table, root=root, with_target=with_target, progress=progress)
+    if bad:
+        data.findings.extend(_bad_rows(bad, len(data) + len(bad), table, skip_bad_rows))
+    return data
+
+
+def read_rows(
+    schema: Schema,
+    table: Table,
+    *,
+    root: Path,
+    with_target: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Dataset, dict[int, InputError]]:
+    """The rows that can be read, as :func:`encode` reads them, and what is wrong with each of the others.
+
+    Returns:
+        The rows, and the first error of each row (from 0) that has a cell which cannot be read.
+
+    Raises:
+        InputError: a column is absent, a class is new, or a path leads outside.
+    """
+    table, findings = require_columns(schema, table, with_target)
     rows = np.arange(len(table))
     targets = None
     if with_target:
-        rows, targets = _targets(schema, table)
+        rows, targets = read_targets(schema.targets, table)
         if len(rows) < len(table):
             findings.append(_without_target(schema, table, len(table) - len(rows)))
 
     arrays, bad = read_inputs(schema, table, rows, root, progress)
+    errors = {int(rows[i]): error for i, error in bad.items()}
     if bad:
-        findings += _bad_rows(bad, len(rows), table, skip_bad_rows)
         keep = np.setdiff1d(np.arange(len(rows)), list(bad))
         rows = rows[keep]
-        targets = None if targets is None else targets[keep]
+        targets = None if targets is None else _at(targets, keep)
         arrays = {key: (tuple(_keep(part, keep) for part in data), here[keep]) for key, (data, here) in arrays.items()}
     inputs = {
         key: (
-            tuple(map(torch.from_numpy, data)) if key == "columns" else torch.from_numpy(data[0]),
+            torch.from_numpy(data[0]) if len(data) == 1 else tuple(map(torch.from_numpy, data)),
             torch.from_numpy(here),
         )
         for key, (data, here) in arrays.items()
     }
-    return Dataset(inputs, None if targets is None else torch.from_numpy(targets), torch.from_numpy(rows), findings)
+    return Dataset(inputs, _tensors(targets), torch.from_numpy(rows), findings), errors
 
 
-def _require_columns(schema: Schema, table: Table, with_target: bool) -> None:
-    wanted = [column.name for column in schema.inputs] + ([schema.target] if with_target else [])
-    absent = [name for name in wanted if name not in table.names]
-    if absent:
-        listed = ", ".join(f"'{name}'" for name in absent)
+def require_columns(schema: Schema, table: Table, with_target: bool) -> tuple[Table, list[Finding]]:
+    """The table with all columns that the schema names.
+
+    Where there is nothing to learn, an input column may be absent: its values are then missing in every row, and a
+    finding says so. One at least must be there.
+    """
+    inputs = [column.name for column in schema.inputs]
+    targets = {target.name: target for target in schema.targets} if with_target else {}
+    absent = [name for name in (*inputs, *targets) if name not in table.names]
+    listed = ", ".join(f"'{name}'" for name in absent)
+    if absent and (with_target or len(absent) == len(inputs)):
         raise InputError(
             "missing column",
             table.name,
@@ -135,30 +167,35 @@ def _require_columns(schema: Schema, table: Table, with_target: bool) -> None:
             f"Add what is missing, empty if need be, or rename: the columns are {', '.join(table.names)}.",
             value=absent[0],
         )
-    for name in wanted:
-        require_readable(table, name)
+    data = table.data
+    for name in absent:
+        data = data.append_column(name, pa.nulls(len(table), pa.large_string()))
+    findings = [_absent(name, table) for name in absent]
+    table = replace(table, data=data)
+    of_images = {column.name for column in schema.inputs if column.kind == "images"}
+    for name in (*inputs, *targets):
+        # Labels are also read from lists, and so are paths.
+        if not (name in targets and targets[name].task == "multilabel") and not (
+            name in of_images and is_list_of_texts(table.column(name))
+        ):
+            require_readable(table, name)
+    return table, findings
 
 
-def _targets(schema: Schema, table: Table) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Rows with a target, and their targets."""
-    name = schema.target
-    if schema.task == "regression":
-        values = numbers(table, name)
-        rows = np.flatnonzero(~np.isnan(values))
-        standard = (values[rows] - schema.mean) / schema.scale
-        return rows, standard.astype(np.float32)[:, None]
-    values = labels(table.column(name))
-    rows = np.flatnonzero(values.is_valid().to_numpy(zero_copy_only=False))
-    codes = codes_of(values, list(schema.classes), unknown=-1)[rows]
-    new = rows[codes < 0]
-    if new.size:
-        raise InputError(
-            "unknown class",
-            table.where(name, int(new[0])),
-            f"The model was not trained on the class '{short(values[int(new[0])].as_py())}'.",
-            f"It knows: {', '.join(short(c) for c in schema.classes[:20])}.",
-        )
-    return rows, codes
+def _absent(name: str, table: Table) -> Finding:
+    return Finding(
+        "missing column",
+        table.where(name),
+        "The table lacks this column, which the model was trained with: it counts as missing in every row.",
+        close_names(name, table.names),
+        value=name,
+    )
+
+
+def _tensors(targets: NDArray[Any] | tuple[NDArray[Any], ...] | None) -> Targets | None:
+    if isinstance(targets, tuple):
+        return tuple(map(torch.from_numpy, targets))
+    return None if targets is None else torch.from_numpy(targets)
 
 
 def _keep(data: NDArray[Any], keep: NDArray[np.intp]) -> NDArray[Any]:
@@ -191,12 +228,12 @@ def _bad_rows(bad: dict[int, InputError], rows: int, table: Table, skip: bool) -
 def _without_target(schema: Schema, table: Table, count: int) -> Finding:
     return Finding(
         "missing target",
-        table.where(schema.target),
+        table.where(schema.targets[0].name),
         f"{count} of {len(table)} rows have no target and were left out.",
         "Fill the cells in if those rows should count.",
         value=count,
     )
 
 
-def _at(data: Data, at: Tensor | slice) -> Data:
+def _at(data: Any, at: Any) -> Any:
     return tuple(part[at] for part in data) if isinstance(data, tuple) else data[at]

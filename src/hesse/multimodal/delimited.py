@@ -19,7 +19,16 @@ from pyarrow import csv
 from hesse.finding import InputError
 from hesse.multimodal.encoding import require_utf8
 
-__all__ = ["find_delimiter", "read_delimited"]
+__all__ = [
+    "decimal_comma",
+    "find_delimiter",
+    "layout",
+    "parse",
+    "ragged_rows",
+    "read_delimited",
+    "unclosed_quote",
+    "with_point",
+]
 
 _DELIMITERS = (",", ";", "\t", "|")
 _NAMES = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
@@ -39,6 +48,38 @@ def read_delimited(path: Path, name: str, delimiter: str | None) -> tuple[list[s
     Raises:
         InputError: not UTF-8, ambiguous delimiter, ragged rows, an unclosed quote, or nothing in the file.
     """
+    delimiter, columns = layout(path, name, delimiter)
+    ragged: list[Any] = []
+
+    def note(row: Any) -> str:
+        ragged.append(row)
+        return "skip"
+
+    with path.open("rb") as file:
+        try:
+            rows = parse(file, delimiter, columns, note, threads=True)
+            if ragged:  # only one thread knows the numbers of rows
+                ragged.clear()
+                file.seek(0)
+                rows = parse(file, delimiter, columns, note, threads=False)
+        except pa.ArrowException as error:
+            raise damaged_rows(name, error) from error
+    if ragged:
+        raise ragged_rows(name, delimiter, ragged)
+    _require_closed_quotes(path, name, rows)
+    names = [str(column[0].as_py()) for column in rows.columns]
+    rows = rows.slice(1).rename_columns(names)
+    if delimiter == ";":
+        rows = pa.table([_decimal_point(column) for column in rows.columns], names=names)
+    return names, rows
+
+
+def layout(path: Path, name: str, delimiter: str | None) -> tuple[str, int]:
+    """The delimiter of a file, and how many columns it can have at most.
+
+    Raises:
+        InputError: not UTF-8, ambiguous delimiter, or nothing in the file.
+    """
     require_utf8(path, name)
     with path.open("rb") as file:
         # The cut may fall inside a character: that one is dropped.
@@ -56,34 +97,7 @@ def read_delimited(path: Path, name: str, delimiter: str | None) -> tuple[list[s
             )
     elif len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n':
         raise InputError("wrong delimiter", name, f"A delimiter is one ASCII character; got {delimiter!r}.")
-
-    columns = _most_columns(sample, delimiter)
-    ragged: list[Any] = []
-
-    def note(row: Any) -> str:
-        ragged.append(row)
-        return "skip"
-
-    try:
-        rows = _read(path, delimiter, columns, note, threads=True)
-        if ragged:  # only one thread knows the numbers of rows
-            ragged.clear()
-            rows = _read(path, delimiter, columns, note, threads=False)
-    except pa.ArrowException as error:
-        raise InputError(
-            "damaged file",
-            name,
-            f"The rows cannot be told apart: {str(error).strip().splitlines()[0]}.",
-            "Look for a double quote that is opened and never closed.",
-        ) from error
-    if ragged:
-        raise _ragged(name, delimiter, ragged)
-    _require_closed_quotes(path, name, rows)
-    names = [str(column[0].as_py()) for column in rows.columns]
-    rows = rows.slice(1).rename_columns(names)
-    if delimiter == ";":
-        rows = pa.table([_decimal_point(column) for column in rows.columns], names=names)
-    return names, rows
+    return delimiter, _most_columns(sample, delimiter)
 
 
 def find_delimiter(sample: str, default: str) -> str | None:
@@ -111,9 +125,23 @@ def find_delimiter(sample: str, default: str) -> str | None:
     return (even or [d for d in found if d == default] or found or [default])[0]
 
 
-def _read(path: Path, delimiter: str, columns: int, on_ragged: Callable[[Any], str], *, threads: bool) -> pa.Table:
-    read = csv.ReadOptions(autogenerate_column_names=True, block_size=_BLOCK, use_threads=threads)
-    parse = csv.ParseOptions(
+def parse(
+    file: Any, delimiter: str, columns: int, on_ragged: Callable[[Any], str], *, threads: bool, exact: bool = False
+) -> pa.Table:
+    """The rows of a file, the header among them, as columns of strings f0, f1, ...
+
+    Args:
+        columns: at most, or, if ``exact``, as many; otherwise the first row says how many.
+        on_ragged: told of each row that has another number of cells; returns "skip" or "error".
+        threads: faster, but rows have no numbers.
+    """
+    read = csv.ReadOptions(
+        column_names=[f"f{i}" for i in range(columns)] if exact else None,
+        autogenerate_column_names=not exact,
+        block_size=_BLOCK,
+        use_threads=threads,
+    )
+    settings = csv.ParseOptions(
         delimiter=delimiter,
         newlines_in_values=True,
         # In a table of one column an empty line is a missing value, not a gap between rows.
@@ -121,8 +149,7 @@ def _read(path: Path, delimiter: str, columns: int, on_ragged: Callable[[Any], s
         invalid_row_handler=on_ragged,
     )
     strings = csv.ConvertOptions(column_types={f"f{i}": pa.large_string() for i in range(columns)})
-    with path.open("rb") as file:
-        return csv.read_csv(file, read, parse, strings)
+    return csv.read_csv(file, read, settings, strings)
 
 
 def _most_columns(sample: str, delimiter: str) -> int:
@@ -135,7 +162,18 @@ def _without_quoted(sample: str) -> str:
     return re.sub(r'"[^"]*"', '""', sample)
 
 
-def _ragged(name: str, delimiter: str, ragged: list[Any]) -> InputError:
+def damaged_rows(name: str, error: Exception) -> InputError:
+    """What pyarrow says of rows that it cannot tell apart, as an error of ours."""
+    return InputError(
+        "damaged file",
+        name,
+        f"The rows cannot be told apart: {str(error).strip().splitlines()[0]}.",
+        "Look for a double quote that is opened and never closed.",
+    )
+
+
+def ragged_rows(name: str, delimiter: str, ragged: list[Any]) -> InputError:
+    """The first of the rows with more or fewer cells than the header."""
     first = ragged[0]
     text = first.text if len(first.text) <= 80 else first.text[:80] + "..."
     others = f" {len(ragged) - 1} more rows do not fit either." if len(ragged) > 1 else ""
@@ -156,18 +194,32 @@ def _require_closed_quotes(path: Path, name: str, rows: pa.Table) -> None:
     with path.open("rb") as file:
         quotes = sum(block.count(b'"') for block in iter(lambda: file.read(1 << 20), b""))
     if quotes % 2:
-        raise InputError(
-            "unclosed quote",
-            f"{name}, row {rows.num_rows - 1}",
-            "A double quote is opened in this row and never closed: the rest of the file became one cell.",
-            'Close it, or write a quote inside a quoted cell twice ("").',
-        )
+        raise unclosed_quote(name, rows.num_rows - 1)
+
+
+def unclosed_quote(name: str, row: int) -> InputError:
+    """Of the row, from 1, in which it is opened."""
+    return InputError(
+        "unclosed quote",
+        f"{name}, row {row}",
+        "A double quote is opened in this row and never closed: the rest of the file became one cell.",
+        'Close it, or write a quote inside a quoted cell twice ("").',
+    )
 
 
 def _decimal_point(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Where ``;`` parts the cells, ``3,14`` is a number: written with a point if the whole column is such."""
+    some, all_fit = decimal_comma(column)
+    return with_point(column) if some and all_fit else column
+
+
+def decimal_comma(column: pa.ChunkedArray) -> tuple[bool, bool]:
+    """Whether any cell has a comma, and whether all are numbers as they are written with one, or empty."""
     cells = pc.utf8_trim_whitespace(column)
-    if not pc.any(pc.match_substring(cells, ",")).as_py():
-        return column
     fits = pc.or_(pc.match_substring_regex(cells, _DECIMAL_COMMA), pc.equal(cells, ""))
-    return pc.replace_substring(column, ",", ".") if pc.all(fits).as_py() else column
+    return bool(pc.any(pc.match_substring(cells, ",")).as_py()), pc.all(fits).as_py() is not False  # null: no cells
+
+
+def with_point(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Commas as points."""
+    return pc.replace_substring(column, ",", ".")

@@ -6,6 +6,7 @@ never see a row that validates or tests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,36 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hesse.finding import InputError
+from hesse.multimodal import dates
 from hesse.multimodal.columns import MOST_CATEGORIES, Column
-from hesse.multimodal.encoders import audio, image, text
-from hesse.multimodal.media import find_files
+from hesse.multimodal.dates import day_first, days_of
+from hesse.multimodal.encoders import audio, image, images, pretrained, text
+from hesse.multimodal.encoders.pretrained import Choice
+from hesse.multimodal.measured import not_a_date
+from hesse.multimodal.media import find_files, find_sequences
+from hesse.multimodal.places import turned
 from hesse.multimodal.table import Table
-from hesse.multimodal.values import labels, numbers, texts
+from hesse.multimodal.values import labels, numbers, short, texts
 
 __all__ = ["fit_column", "moments"]
 
 MOST_FILES_PLANNED = 1000  # a plan reads a sample, so not every path need be looked up for it
+PLANS: dict[str, Callable[[Any], dict[str, Any]]] = {"image": image.plan, "images": images.plan, "audio": audio.plan}
 HUGE = 1e100  # larger numbers are taken for this one: their squares must stay finite
 
 
-def fit_column(table: Table, column: Column, train: NDArray[np.int64], root: Path) -> Column:
-    """The column with its settings; left out if no training row has a value."""
+def fit_column(
+    table: Table, column: Column, train: NDArray[np.int64], root: Path, choice: Choice | None = None
+) -> Column:
+    """The column with its settings, or those of the encoder chosen; left out if no training row has a value."""
+    if choice is not None:
+        column = _readable_by_choice(table, column, choice)
     if column.role != "input":
         return column
+    if column.kind == "date":
+        return _fit_dates(table, column, train)
+    if column.kind in ("latitude", "longitude"):
+        return _fit_place(table, column, train)
     if column.kind == "number":
         values = numbers(table, column.name)[train]
         known = values[np.isfinite(values)]
@@ -46,23 +61,85 @@ def fit_column(table: Table, column: Column, train: NDArray[np.int64], root: Pat
     if column.kind == "category":
         return replace(column, settings=_codes(pc.drop_null(labels(values))))
     if column.kind == "text":
-        return replace(column, settings=text.plan([cell for cell in texts(values) if cell is not None]))
-    return replace(column, settings=_plan_files(table, column, train[present], root))
+        cells = [cell for cell in texts(values) if cell is not None]
+        if choice is not None:
+            return replace(column, settings=pretrained.plan("text", choice, cells, table.where(column.name)))
+        return replace(column, settings=text.plan(cells))
+    settings = _plan_files(table, column, train[present], root, choice)
+    still = ", animated ones by their first frame" if settings.pop("animated", False) else ""
+    return replace(column, settings=settings, reason=column.reason + still)
 
 
-def _plan_files(table: Table, column: Column, rows: NDArray[np.int64], root: Path) -> dict[str, Any]:
-    plan = image.plan if column.kind == "image" else audio.plan
+def _fit_dates(table: Table, column: Column, train: NDArray[np.int64]) -> Column:
+    values = table.column(column.name)
+    first = day_first(values)  # how dates are written is judged by all rows; what they are, by those that train
+    days = days_of(values, first)
+    wrong = np.flatnonzero(np.isnan(days) & values.is_valid().to_numpy(zero_copy_only=False))
+    if wrong.size:  # only where the user insists
+        row = int(wrong[0])
+        raise not_a_date(table.where(column.name, row), column.name, short(values[row].as_py()))
+    known = days[train][~np.isnan(days[train])]
+    if not known.size:
+        return replace(column, role="ignored", reason="missing in every training row")
+    mean, std = moments(_without_outliers(known))
+    return replace(column, settings={"day_first": first, "mean": mean, "std": std, **dates.plan(known)})
+
+
+def _fit_place(table: Table, column: Column, train: NDArray[np.int64]) -> Column:
+    """Both halves get the same settings, so that each tells the whole."""
+    pair = (column.name, column.settings["with"])
+    latitude, longitude = pair if column.kind == "latitude" else pair[::-1]
+    angles = np.stack([numbers(table, latitude), turned(numbers(table, longitude))])[:, train]
+    angles = angles[:, ~np.isnan(angles).any(0)]
+    if not angles.size:
+        return replace(column, role="ignored", reason="no training row has both halves of the place")
+    spread = [moments(values) for values in angles]
+    settings = {"with": pair[1], "mean": [mean for mean, _ in spread], "std": [std for _, std in spread]}
+    return replace(column, settings=settings)
+
+
+def _readable_by_choice(table: Table, column: Column, choice: Choice) -> Column:
+    """The column as one that a pretrained encoder reads: repeated texts are texts then, and no categories."""
+    if column.kind == "category" and column.role == "input":
+        column = replace(column, kind="text", reason="texts")
+    if column.kind.removesuffix("s") not in pretrained.KINDS or column.role != "input":
+        raise InputError(
+            "wrong kind",
+            table.where(column.name),
+            f"A pretrained encoder was chosen for it, but its kind is {column.kind} ({column.role}: {column.reason}).",
+            f"Encoders read {', '.join(pretrained.KINDS)}: say which with --column {column.name}=KIND, or leave "
+            f"--encoder {column.name}=... away.",
+            value=column.kind,
+        )
+    share = {"none": "frozen", "all": "trains"}.get(str(choice.trainable), f"last {choice.trainable} blocks train")
+    return replace(column, reason=f"{column.reason}, read by {Path(choice.source).name} ({share})")
+
+
+def _plan_files(
+    table: Table, column: Column, rows: NDArray[np.int64], root: Path, choice: Choice | None
+) -> dict[str, Any]:
     rows = rows[:: -(-len(rows) // MOST_FILES_PLANNED)]
-    cells = texts(table.column(column.name).take(pa.array(rows)))
-    files = [file for file in find_files(table, column.name, cells, rows.tolist(), root) if file is not None]
+    chosen = table.column(column.name).take(pa.array(rows))
+    files: list[Any] = (
+        find_sequences(table, column.name, chosen, rows, root)
+        if column.kind == "images"
+        else find_files(table, column.name, texts(chosen), rows.tolist(), root)
+    )
+    if choice is not None:
+        there = [file for file in files if file is not None]
+        if column.kind != "images":
+            return pretrained.plan(column.kind, choice, there, table.where(column.name))
+        each = pretrained.plan("image", choice, [path for paths in there for path in paths], table.where(column.name))
+        return {**each, "length": images.usual_length(there)}
+    plan = PLANS[column.kind]
     try:
-        return plan(files)
+        return plan([file for file in files if file is not None])
     except InputError as error:  # none of a sample could be read: not a matter of a few bad rows
         f = error.finding
         raise InputError(
             f.kind,
             f"{table.where(column.name)} ({f.where})",
-            f"None of the {column.kind} files looked at can be read. The first: {f.message}",
+            f"None of the {column.kind.removesuffix('s')} files looked at can be read. The first: {f.message}",
             f"{f.remedy} If the column holds something else: --column {column.name}=text.",
             value=f.value,
         ) from error

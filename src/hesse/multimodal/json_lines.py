@@ -18,7 +18,7 @@ from pyarrow import json as arrow_json
 from hesse.finding import InputError
 from hesse.multimodal.encoding import require_utf8
 
-__all__ = ["read_json_lines"]
+__all__ = ["explain", "read_json_lines", "require_object"]
 
 _BLOCK = 64 << 20
 _DEEPEST = 64
@@ -36,27 +36,32 @@ def read_json_lines(path: Path, name: str) -> pa.Table:
     require_utf8(path, name)
     row = 0
     for row, line in _lines(path):
-        if not (line.startswith(b"{") and line.endswith(b"}")):
-            raise InputError(
-                "not JSON lines",
-                f"{name}, row {row}",
-                f"Every line must be one JSON object, {{...}}; this one reads {_short(line)}.",
-                "Write one object a line without commas between them; jq -c '.[]' does it to an array.",
-            )
-        if line.count(b"[") + line.count(b"{") > _DEEPEST and _depth(line) > _DEEPEST:
-            raise InputError(
-                "not JSON lines",
-                f"{name}, row {row}",
-                f"The values are nested more than {_DEEPEST} deep.",
-                "Columns hold plain numbers and texts; leave nested values out.",
-            )
+        require_object(line, f"{name}, row {row}")
     if not row:
         raise InputError("empty table", name, "The file is empty.", "Check that it was written completely.")
     try:
         with path.open("rb") as file:
             return arrow_json.read_json(file, read_options=arrow_json.ReadOptions(block_size=_BLOCK))
     except pa.ArrowException as error:
-        raise _explain(path, name, str(error)) from error
+        raise explain(path, name, str(error)) from error
+
+
+def require_object(line: bytes, where: str) -> None:
+    """Raise InputError unless the line can be one JSON object that pyarrow can parse."""
+    if not (line.startswith(b"{") and line.endswith(b"}")):
+        raise InputError(
+            "not JSON lines",
+            where,
+            f"Every line must be one JSON object, {{...}}; this one reads {_short(line)}.",
+            "Write one object a line without commas between them; jq -c '.[]' does it to an array.",
+        )
+    if line.count(b"[") + line.count(b"{") > _DEEPEST and _depth(line) > _DEEPEST:
+        raise InputError(
+            "not JSON lines",
+            where,
+            f"The values are nested more than {_DEEPEST} deep.",
+            "Columns hold plain numbers and texts; leave nested values out.",
+        )
 
 
 def _lines(path: Path) -> Any:
@@ -81,7 +86,7 @@ def _depth(line: bytes) -> int:
     return deepest
 
 
-def _explain(path: Path, name: str, message: str) -> InputError:
+def explain(path: Path, name: str, message: str) -> InputError:
     """Read line by line in Python to find what pyarrow stumbled over."""
     seen: dict[str, str] = {}
     for row, line in _lines(path):

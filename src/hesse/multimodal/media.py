@@ -15,26 +15,31 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from hesse.finding import InputError
+from hesse.multimodal.sequences import sequences
 from hesse.multimodal.table import Table
 from hesse.multimodal.values import short
 
-__all__ = ["OUTSIDE", "allocate", "decode_files", "find_file", "find_files"]
+__all__ = ["OUTSIDE", "allocate", "decode_files", "find_file", "find_files", "find_sequences"]
+
+T = TypeVar("T")
 
 OUTSIDE = "path outside the data folder"
 IN_MEMORY = 2 << 30  # bytes of one array
 SPAN = 32  # files a thread takes at a time
 
 
-def find_file(root: Path, cell: str) -> Path:
+def find_file(root: Path, cell: str, top: str | None = None) -> Path:
     """The file that a cell names, with symbolic links followed; it need not exist.
 
-    The name may be spelled in either of Unicode's normal forms: file systems differ in which they keep.
+    The name may be spelled in either of Unicode's normal forms: file systems differ in which they keep. ``top`` is the
+    root with links followed, for who asks often.
 
     Raises:
         InputError: ``..``, an absolute path or a link leads out of ``root``.
@@ -48,12 +53,12 @@ def find_file(root: Path, cell: str) -> Path:
     """
     if "\0" in cell:
         raise InputError("missing file", short(cell), "A path cannot contain a NUL character.", "Correct the path.")
-    top = os.path.realpath(root)
+    top = os.path.realpath(root) if top is None else top
     spellings = dict.fromkeys((cell, unicodedata.normalize("NFC", cell), unicodedata.normalize("NFD", cell)))
     # Not Path.resolve, which raises for circular links and names that are too long.
     paths = [os.path.realpath(f"{top}{os.sep}{s}" if not os.path.isabs(s) else s) for s in spellings]  # noqa: PTH117
     path = next((p for p in paths if os.path.exists(p)), paths[0])  # noqa: PTH110
-    if Path(top) not in Path(path).parents:
+    if not path.startswith(top if top.endswith(os.sep) else top + os.sep):
         raise InputError(
             OUTSIDE,
             short(cell, 200),
@@ -76,13 +81,24 @@ def find_files(
     Raises:
         InputError: as :func:`find_file`, naming the row.
     """
-    files = []
+    files, top = [], os.path.realpath(root)
     for cell, row in zip(cells, rows, strict=True):
         try:
-            files.append(None if cell is None else find_file(root, cell))
+            files.append(None if cell is None else find_file(root, cell, top))
         except InputError as error:
             raise at_cell(error, table, column, row, cell or "") from error
     return files
+
+
+def find_sequences(
+    table: Table, column: str, values: pa.Array, rows: NDArray[np.int64], root: Path
+) -> list[tuple[Path, ...] | None]:
+    """The files of cells that name several each, None for missing ones; errors as of :func:`find_files`."""
+    found: list[tuple[Path, ...] | None] = []
+    for cells, row in zip(sequences(values), rows.tolist(), strict=True):
+        paths = find_files(table, column, cells or (), [row] * len(cells or ()), root)
+        found.append(tuple(path for path in paths if path is not None) or None)
+    return found
 
 
 def at_cell(error: InputError, table: Table, column: str, row: int, cell: str) -> InputError:
@@ -92,15 +108,15 @@ def at_cell(error: InputError, table: Table, column: str, row: int, cell: str) -
 
 
 def decode_files(
-    files: Sequence[Path | None],
-    decode: Callable[[Path], NDArray[Any]],
+    files: Sequence[T | None],
+    decode: Callable[[T], NDArray[Any]],
     out: NDArray[Any],
     tick: Callable[[int], None],
 ) -> dict[int, InputError]:
     """Decode ``files[i]`` into ``out[i]`` on several threads; the decoders release Python's lock.
 
     Args:
-        files: None leaves the zeros that are there.
+        files: a path, or several of one row; None leaves the zeros that are there.
         decode: gives an array of ``out``'s shape and dtype, or raises InputError.
         out: ``[len(files), ...]``.
         tick: told, in this thread, how many more files are done.

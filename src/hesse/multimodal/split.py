@@ -14,7 +14,7 @@ from hesse.finding import InputError
 from hesse.multimodal.table import Table
 from hesse.multimodal.values import require_readable, texts
 
-__all__ = ["Parts", "prescribed_split", "stratified_split"]
+__all__ = ["Parts", "prescribed", "prescribed_split", "stratified_split"]
 
 Parts = dict[str, NDArray[np.int64]]
 """Ascending row indices of "train", "valid" and "test"."""
@@ -65,6 +65,19 @@ def prescribed_split(table: Table, column: str, strata: NDArray[np.int64], rows:
     Raises:
         InputError: another value, named by its row, or no row for training.
     """
+    part_of = prescribed(table, column, rows)
+    parts = {name: rows[part_of == name] for name in ("train", "valid", "test")}
+    if not len(parts["train"]):
+        raise InputError("unknown split", table.where(column), "No row says train.", "Mark the rows to train on.")
+    if not len(parts["valid"]):
+        first, rest = _shuffled(strata[part_of == "train"], parts["train"], seed)
+        parts["train"] = np.sort(np.concatenate([first, rest[np.arange(len(rest)) % 10 != 0]]))
+        parts["valid"] = np.sort(rest[::10])
+    return parts
+
+
+def prescribed(table: Table, column: str, rows: NDArray[np.int64]) -> NDArray[np.object_]:
+    """ "train", "valid" or "test" for each of the rows, as the column says."""
     require_readable(table, column)
     cells = texts(table.column(column))
     names = []
@@ -80,15 +93,7 @@ def prescribed_split(table: Table, column: str, strata: NDArray[np.int64], rows:
                 value=cell,
             )
         names.append(part)
-    part_of = np.array(names, dtype=object)
-    parts = {name: rows[part_of == name] for name in ("train", "valid", "test")}
-    if not len(parts["train"]):
-        raise InputError("unknown split", table.where(column), "No row says train.", "Mark the rows to train on.")
-    if not len(parts["valid"]):
-        first, rest = _shuffled(strata[part_of == "train"], parts["train"], seed)
-        parts["train"] = np.sort(np.concatenate([first, rest[np.arange(len(rest)) % 10 != 0]]))
-        parts["valid"] = np.sort(rest[::10])
-    return parts
+    return np.array(names, dtype=object)
 
 
 def _shuffled(

@@ -13,25 +13,54 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pyarrow import parquet
 
 from hesse.finding import InputError
 from hesse.multimodal.delimited import read_delimited
 from hesse.multimodal.json_lines import read_json_lines
+from hesse.multimodal.stamp import Stamp
 
-__all__ = ["MISSING", "Table", "close_names", "read_table"]
+__all__ = [
+    "DELIMITED",
+    "JSON",
+    "MISSING",
+    "PARQUET",
+    "Places",
+    "Table",
+    "check_names",
+    "close_names",
+    "damaged_parquet",
+    "plain",
+    "read_table",
+]
 
 MISSING = ("", "NA", "N/A", "n/a", "NaN", "nan", "null", "NULL", "Null", "<NA>")
 """Cells that stand for "no value"."""
 
-_DELIMITED = (".csv", ".tsv", ".tab", ".txt")
-_JSON = (".jsonl", ".ndjson", ".json")
-_PARQUET = (".parquet", ".pq")
+DELIMITED = (".csv", ".tsv", ".tab", ".txt")
+JSON = (".jsonl", ".ndjson", ".json")
+PARQUET = (".parquet", ".pq")
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Of each row, which of ``names`` (of files) it is from, and which row there, from 0: int64 ``[rows]``."""
+
+    names: tuple[str, ...]
+    file: NDArray[np.int64]
+    row: NDArray[np.int64]
+
+    def take(self, rows: Any) -> Places:
+        """Of some rows."""
+        return Places(self.names, self.file[rows], self.row[rows])
 
 
 @dataclass(frozen=True)
@@ -42,11 +71,15 @@ class Table:
         data: the columns, nulls where a value is missing.
         name: the file's name, or ``"data frame"``.
         folder: where the file lies; None for a data frame. Paths in cells are relative to it.
+        first: which row of the file the first one here is, from 0, where this is a part of it.
+        places: where each row comes from, if they come from here and there.
     """
 
     data: pa.Table
     name: str
     folder: Path | None
+    first: int = 0
+    places: Places | None = None
 
     def __len__(self) -> int:
         return int(self.data.num_rows)
@@ -60,6 +93,21 @@ class Table:
         column = self.data.column(name)
         return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
+    def slice(self, start: int, length: int | None = None) -> Table:
+        """Some rows, one after the other."""
+        places = self.places
+        if places is not None:
+            places = places.take(slice(start, None if length is None else start + length))
+        return replace(self, data=self.data.slice(start, length), first=self.first + start, places=places)
+
+    def take(self, rows: NDArray[np.int64]) -> Table:
+        """Some rows, in the order of ``rows``."""
+        if self.places is None:
+            places = Places((self.name,), np.zeros(len(rows), np.int64), self.first + rows)
+        else:
+            places = self.places.take(rows)
+        return replace(self, data=self.data.take(pa.array(rows)), first=0, places=places)
+
     def where(self, column: str | None = None, row: int | None = None) -> str:
         """A place in words; ``row`` is an index from 0.
 
@@ -68,7 +116,10 @@ class Table:
             "pets.csv, row 17, column 'a'"
         """
         parts = [self.name]
-        parts += [] if row is None else [f"row {row + 1}"]
+        if row is not None and self.places is not None:
+            parts = [self.places.names[self.places.file[row]], f"row {self.places.row[row] + 1}"]
+        elif row is not None:
+            parts += [f"row {self.first + row + 1}"]
         parts += [] if column is None else [f"column '{column}'"]
         return ", ".join(parts)
 
@@ -102,7 +153,7 @@ def read_table(source: str | os.PathLike[str] | object, *, delimiter: str | None
             "A table is a path or a data frame with the Arrow interface (pandas, polars, duckdb, pyarrow); "
             f"got {type(source).__name__}. A list of dicts becomes one with pyarrow.Table.from_pylist(rows)."
         )
-    names = _check_names(names, name)
+    names = check_names(names, name)
     if not data.num_rows:
         raise InputError(
             "empty table",
@@ -110,7 +161,7 @@ def read_table(source: str | os.PathLike[str] | object, *, delimiter: str | None
             "The table has column names but no rows.",
             "Check that it was written completely.",
         )
-    columns = [_plain(column) for column in data.columns]
+    columns = [plain(column) for column in data.columns]
     return Table(pa.table(columns, names=names).combine_chunks(), name, folder)
 
 
@@ -133,18 +184,21 @@ def _read_file(path: Path, name: str, delimiter: str | None) -> tuple[list[str],
     suffix = path.suffix.lower()
     try:
         if not path.is_file():
-            raise _missing(path, name)
-        if suffix in _DELIMITED:
-            return read_delimited(path, name, delimiter)
-        if suffix in _JSON:
+            raise missing(path, name)
+        stamp = Stamp.of(path)
+        if suffix in DELIMITED:
+            names, data = read_delimited(path, name, delimiter)
+        elif suffix in JSON:
             data = read_json_lines(path, name)
-        elif suffix in _PARQUET:
+            names = data.column_names
+        elif suffix in PARQUET:
             data = _read_parquet(path, name)
+            names = data.column_names
         else:
             raise InputError(
                 "unknown file type",
                 name,
-                f"Tables are read from {', '.join(_DELIMITED + _JSON + _PARQUET)} files.",
+                f"Tables are read from {', '.join(DELIMITED + JSON + PARQUET)} files.",
                 "Rename the file to say what it is, or save it as CSV.",
                 value=suffix,
             )
@@ -156,10 +210,12 @@ def _read_file(path: Path, name: str, delimiter: str | None) -> tuple[list[str],
             f"The file cannot be read: {reason}.",
             "Check its permissions and the disk.",
         ) from error
-    return data.column_names, data
+    stamp.require(path, name)
+    return names, data
 
 
-def _missing(path: Path, name: str) -> InputError:
+def missing(path: Path, name: str) -> InputError:
+    """Why there is no file at ``path``."""
     if path.exists():
         return InputError("not a file", str(path), "This is a folder or a device.", "Name a file in it.")
     there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -178,13 +234,18 @@ def _read_parquet(path: Path, name: str) -> pa.Table:
             data = parquet.ParquetFile(file).read()
         data.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            "damaged file",
-            name,
-            f"This is not a whole Parquet file: {str(error).strip().partition(chr(10))[0]}.",
-            "Write or copy it again.",
-        ) from error
+        raise damaged_parquet(name, error) from error
     return data
+
+
+def damaged_parquet(name: str, error: Exception) -> InputError:
+    """What pyarrow says of a file that is no Parquet, as an error of ours."""
+    return InputError(
+        "damaged file",
+        name,
+        f"This is not a whole Parquet file: {str(error).strip().partition(chr(10))[0]}.",
+        "Write or copy it again.",
+    )
 
 
 def _take_frame(frame: object, name: str) -> tuple[list[str], pa.Table]:
@@ -204,7 +265,7 @@ def _take_frame(frame: object, name: str) -> tuple[list[str], pa.Table]:
     return data.column_names, data
 
 
-def _check_names(names: list[str], table: str) -> list[str]:
+def check_names(names: list[str], table: str) -> list[str]:
     """Names in Unicode's composed form without blanks around them; none empty, none twice."""
     names = [unicodedata.normalize("NFC", name).strip() for name in names]
     if not names:
@@ -228,16 +289,16 @@ def _check_names(names: list[str], table: str) -> list[str]:
     return names
 
 
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """The column as large_string, int64 or float64, null where missing; nested and binary ones unchanged."""
     t = column.type
     if isinstance(t, pa.BaseExtensionType):
         column = pa.chunked_array([chunk.storage for chunk in column.chunks], t.storage_type)
-        return _plain(column)
+        return plain(column)
     if pa.types.is_dictionary(t):
-        return _plain(pc.cast(column, t.value_type))
+        return plain(pc.cast(column, t.value_type))
     if pa.types.is_run_end_encoded(t):
-        return _plain(pa.chunked_array([pc.run_end_decode(chunk) for chunk in column.chunks], t.value_type))
+        return plain(pa.chunked_array([pc.run_end_decode(chunk) for chunk in column.chunks], t.value_type))
     if pa.types.is_integer(t):
         if t == pa.uint64() and (pc.max(column).as_py() or 0) >= 2**63:
             return pc.cast(column, pa.float64(), safe=False)

@@ -6,15 +6,19 @@ training values and chooses the settings (a JSON object: size, rate, alphabet, m
 shape and dtype; and ``Encoder(settings)`` is the module that takes a batch of such arrays. Data stay compact
 (pixels as uint8, sound as int16, characters as codes) and become standardised floats only inside the encoder.
 
-All encoders start from unit scale: standardised input, He's initialisation (He et al. 2015), no normalisation
-layers, no dropout. So they are deterministic, and every parameter belongs to a Linear, Conv2d or Embedding.
+Hesse's own encoders start from unit scale: standardised input, He's initialisation (He et al. 2015), no normalisation
+layers, no dropout. So they are deterministic, and every parameter belongs to a Linear, Conv2d or Embedding. A sequence
+of images has one of them for every picture; in the place of any may stand a pretrained model.
 
 Here is what they share: the convolutional tower, the initialisation, and the care for files and samples.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -118,19 +122,20 @@ def check_file(path: Path) -> None:
         InputError: missing, not a file, not readable or empty.
     """
     try:
-        if not path.exists():
-            raise InputError("missing file", str(path), "There is no such file.", "Correct the path in the table.")
-        if not path.is_file():
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
             raise InputError("not a file", str(path), "This is a folder or a device.", "Give the path of a file.")
-        size = path.stat().st_size
-        with path.open("rb"):
-            pass
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        message, remedy = "There is no such file.", "Correct the path in the table."
+        raise InputError("missing file", str(path), message, remedy) from None
     except (OSError, ValueError) as error:  # no permission, a name too long, a NUL character
         if isinstance(error, InputError):
             raise
         remedy = "Check the path and the permissions."
         raise InputError("unreadable file", str(path), f"It cannot be opened: {error}.", remedy) from error
-    if size == 0:
+    if found.st_size == 0:
         raise InputError("empty file", str(path), "The file has no bytes.", "Copy it again, or remove the row.", 0)
 
 

@@ -9,7 +9,7 @@ treats frequency against time as an image.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from torch.nn import functional as F
 from hesse.finding import InputError
 from hesse.multimodal.encoders import Convnet, check_file, optional, read_sample
 
-__all__ = ["MAX_FRAMES", "Encoder", "LogMel", "decode", "plan", "storage"]
+__all__ = ["MAX_FRAMES", "Encoder", "LogMel", "decode", "plan", "storage", "stretch"]
 
 MAX_FRAMES = 2**24
 """As many frames of a file are read and no more (six minutes at 48 kHz); a header may promise anything."""
+
+HELD = 2**21  # frames of a file that are held at once; of a longer one only the loudest stretch is
 
 LONGEST = 10.0  # seconds
 LOWEST_RATE, HIGHEST_RATE = 1_000, 16_000  # Hz: of the planned rate
@@ -53,11 +55,11 @@ def plan(values: Sequence[Path]) -> dict[str, Any]:
     Raises:
         InputError: none of the sampled files is a sound.
     """
-    sounds = read_sample(values, _read, SAMPLE)
-    rate = int(np.clip(np.median([source for _, source in sounds]), LOWEST_RATE, HIGHEST_RATE))
-    seconds = min(LONGEST, float(np.quantile([len(wave) / source for wave, source in sounds], 0.95)))
+    sounds = read_sample(values, _survey, SAMPLE)
+    rate = int(np.clip(np.median([source for _, source, _ in sounds]), LOWEST_RATE, HIGHEST_RATE))
+    seconds = min(LONGEST, float(np.quantile([frames / source for _, source, frames in sounds], 0.95)))
     settings = {"rate": rate, "samples": max(1, round(seconds * rate))}
-    waves = np.stack([_shape(wave, source, settings) for wave, source in sounds])
+    waves = np.stack([_shape(wave, source, settings) for wave, source, _ in sounds])
     power = LogMel(rate, settings["samples"])(torch.from_numpy(waves)).double()
     mean = power.mean(dim=(0, 2))
     std = (power - mean[:, None]).square().mean().sqrt().clamp(min=0.1)  # all silence has no spread
@@ -82,8 +84,18 @@ def decode(value: Path, settings: dict[str, Any]) -> NDArray[np.int16]:
     Raises:
         InputError: missing, empty, no sound, damaged, without frames, or with samples that are not finite.
     """
-    wave, source = _read(value)
+    wave, source, _ = _read(value, settings["samples"] / settings["rate"])
     return _shape(wave, source, settings)
+
+
+def stretch(value: Path, seconds: float) -> tuple[NDArray[np.float64], int]:
+    """The loudest so many seconds of a sound, mono, and their rate; the whole if it is shorter.
+
+    Raises:
+        InputError: as :func:`decode`.
+    """
+    wave, source, _ = _read(value, seconds)
+    return _loudest(wave, math.ceil(seconds * source)), source
 
 
 class LogMel(nn.Module):
@@ -156,30 +168,60 @@ class Encoder(Convnet):
         return ((self.mel(data).to(self.mean.dtype) - self.mean) / self.std).unsqueeze(1)
 
 
-def _read(path: Path) -> tuple[NDArray[np.float64], int]:
-    """The mono waveform, at most :data:`MAX_FRAMES` long, and its rate."""
+def _survey(path: Path) -> tuple[NDArray[np.float64], int, int]:
+    """What can matter of a sound, its rate, and its length in frames."""
+    wave, source, frames = _read(path, LONGEST)
+    return _loudest(wave, math.ceil(LONGEST * source)), source, frames
+
+
+def _read(path: Path, seconds: float) -> tuple[NDArray[np.float64], int, int]:
+    """The mono waveform, its rate, and how many frames were read, at most :data:`MAX_FRAMES`.
+
+    A file of more frames than :data:`HELD` is read twice: for where it is loudest, and for that stretch, which is
+    then the waveform.
+    """
     check_file(path)
     soundfile = optional("soundfile")
-    blocks = []
     try:
         # A descriptor, not a name: libsndfile then goes by the content instead of the extension. Not the file
         # object: a damaged header that makes it seek before the beginning would print a traceback.
         with path.open("rb") as file, soundfile.SoundFile(file.fileno(), closefd=False) as sound:
             rate = int(sound.samplerate)
-            # Block by block: reading all at once would allocate what the header promises.
-            block, left = max(1, 2**20 // sound.channels), MAX_FRAMES
-            while left > 0 and len(frames := sound.read(min(block, left), dtype="float32", always_2d=True)):
-                if not np.isfinite(frames).all():
-                    raise _undecodable(path, "Some samples are not finite numbers.")
-                blocks.append(frames.mean(axis=1, dtype=np.float64))
-                left -= len(frames)
+            if not 0 < rate <= FASTEST:
+                raise _undecodable(path, f"Its header says {rate} samples a second.")
+            length = math.ceil(seconds * rate)
+            if sound.frames <= max(HELD, 2 * length):
+                blocks = list(_blocks(path, sound, MAX_FRAMES))
+                frames = sum(map(len, blocks))
+            else:
+                start, frames = _scan(path, sound, length)
+                sound.seek(start)
+                blocks = list(_blocks(path, sound, length))
     except soundfile.LibsndfileError as error:
         raise _undecodable(path, f"It is not a sound that can be decoded: {error.error_string}") from error
-    if not 0 < rate <= FASTEST:
-        raise _undecodable(path, f"Its header says {rate} samples a second.")
     if not blocks:
         raise InputError("empty sound", str(path), "It has no samples.", "Record it again, or remove the row.", 0)
-    return np.concatenate(blocks), rate
+    return np.concatenate(blocks), rate, frames
+
+
+def _blocks(path: Path, sound: Any, most: int, multiple: int = 1) -> Iterator[NDArray[np.float64]]:
+    """Mono blocks, ``most`` frames in all: reading them at once would allocate what the header promises."""
+    size = multiple * max(1, 2**20 // sound.channels // multiple)
+    while most > 0 and len(frames := sound.read(min(size, most), dtype="float32", always_2d=True)):
+        if not np.isfinite(frames).all():
+            raise _undecodable(path, "Some samples are not finite numbers.")
+        yield frames.mean(axis=1, dtype=np.float64)
+        most -= len(frames)
+
+
+def _scan(path: Path, sound: Any, length: int) -> tuple[int, int]:
+    """Where the loudest ``length`` samples of a file start, and how many frames it has."""
+    hop = max(1, length // 64)
+    energies, frames = [np.zeros(0)], 0
+    for block in _blocks(path, sound, MAX_FRAMES, multiple=hop):
+        energies.append(np.add.reduceat(np.square(block), np.arange(0, len(block), hop)))
+        frames += len(block)
+    return _start(np.concatenate(energies), hop, length, frames), frames
 
 
 def _undecodable(path: Path, message: str) -> InputError:
@@ -213,12 +255,18 @@ def _loudest(wave: NDArray[np.float64], length: int) -> NDArray[np.float64]:
     if len(wave) <= length:
         return wave
     hop = max(1, length // 64)
-    steps = length // hop
-    energy = np.add.reduceat(np.square(wave), np.arange(0, len(wave), hop))
-    total = np.concatenate([[0.0], np.cumsum(energy)])
-    start = hop * int(np.argmax(total[steps:] - total[:-steps]))
-    start = min(start, len(wave) - length)
+    start = _start(np.add.reduceat(np.square(wave), np.arange(0, len(wave), hop)), hop, length, len(wave))
     return wave[start : start + length]
+
+
+def _start(energy: NDArray[np.float64], hop: int, length: int, frames: int) -> int:
+    """Where ``length`` of ``frames`` samples have the most energy, given the energies of pieces of ``hop``."""
+    steps = length // hop
+    total = np.concatenate([[0.0], np.cumsum(energy)])
+    if frames <= length or len(total) <= steps:
+        return 0
+    start = hop * int(np.argmax(total[steps:] - total[:-steps]))
+    return min(start, frames - length)
 
 
 def _mel_filters(rate: int, size: int) -> Tensor:

@@ -30,7 +30,7 @@ from hesse.multimodal.encoders import Convnet, check_file, optional, read_sample
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "Encoder", "decode", "plan", "storage"]
+__all__ = ["MAX_PIXELS", "WHITES", "Encoder", "decode", "plan", "storage", "upright"]
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded: Pillow's own default for its warning, about 256 MB of RGB."""
@@ -74,16 +74,16 @@ def plan(values: Sequence[Path]) -> dict[str, Any]:
     Returns:
         ``height`` and ``width`` in pixels; ``channels``: 1 when every sampled picture is grey, 4 when one has
         transparent pixels, else 3; ``white``: the value of full brightness in pictures deeper than 8 bits;
-        ``mean`` and ``std`` of each channel on the scale 0 to 255.
+        ``mean`` and ``std`` of each channel on the scale 0 to 255; ``animated`` where a file has several frames.
 
     Raises:
         InputError: none of the sampled files is a picture.
     """
     sample = read_sample(values, _survey, SAMPLE)
-    height, width = np.median([size for _, size, _ in sample], axis=0)
+    height, width = np.median([size for _, size, _, _ in sample], axis=0)
     shrink = min(1.0, LARGEST / max(height, width))
-    brightest = max(top for _, _, top in sample)
-    pictures = [picture for picture, _, _ in sample]
+    brightest = max(top for _, _, top, _ in sample)
+    pictures = [picture for picture, _, _, _ in sample]
     settings = {
         "height": max(SMALLEST, round(height * shrink)),
         "width": max(SMALLEST, round(width * shrink)),
@@ -92,6 +92,8 @@ def plan(values: Sequence[Path]) -> dict[str, Any]:
         # by.
         "white": next((w for w in WHITES if w >= brightest), brightest) if brightest > 0 else WHITES[-1],
     }
+    if any(animated for _, _, _, animated in sample):
+        settings["animated"] = True
     pixels = np.concatenate([_array(p, settings).reshape(-1, settings["channels"]) for p in pictures])
     mean, std = pixels.mean(axis=0, dtype=np.float64), pixels.std(axis=0, dtype=np.float64)
     return {**settings, "mean": mean.tolist(), "std": np.maximum(std, 1.0).tolist()}
@@ -128,6 +130,17 @@ def decode(value: Path, settings: dict[str, Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(canvas.transpose(2, 0, 1))
 
 
+def upright(value: Path, white: float) -> Image:
+    """The whole picture as 8-bit RGB, upright, transparency laid on white; ``white`` as planned.
+
+    Raises:
+        InputError: as :func:`decode`.
+    """
+    picture, _ = _open(value, 2 * MAX_PIXELS)
+    colours: Image = optional("PIL.Image").fromarray(_array(picture, {"channels": 3, "white": white}))
+    return colours
+
+
 class Encoder(Convnet):
     """Standardised pixels through a :class:`Convnet`: uint8 ``[B, channels, height, width]`` to ``[B, 64]``.
 
@@ -150,11 +163,20 @@ class Encoder(Convnet):
         return (data.to(self.mean.dtype) - self.mean) / self.std
 
 
-def _survey(path: Path) -> tuple[Image, tuple[int, int], float]:
-    """A small version of the picture, its (height, width), and its brightest deep pixel (0: not deep)."""
+def _survey(path: Path) -> tuple[Image, tuple[int, int], float, bool]:
+    """A small version of the picture, its (height, width), its brightest deep pixel (0: not deep), and if it moves."""
     picture, size = _open(path, LARGEST)
     brightest = float(np.asarray(picture).max()) if picture.mode == "F" else 0.0
-    return _fit(picture, LARGEST, LARGEST), size, brightest
+    return _fit(picture, LARGEST, LARGEST), size, brightest, _is_animated(path)
+
+
+def _is_animated(path: Path) -> bool:
+    images = optional("PIL.Image")
+    try:
+        with _quiet, path.open("rb") as file, images.open(file, formats=_formats()) as image:
+            return bool(getattr(image, "is_animated", False))
+    except DAMAGE:  # behind the first frame, which could be read
+        return True
 
 
 def _open(path: Path, side: int) -> tuple[Image, tuple[int, int]]:
@@ -243,7 +265,7 @@ def _fit(picture: Image, height: int, width: int) -> Image:
     """The largest picture of the same aspect within ``height`` x ``width``."""
     scale = min(height / picture.height, width / picture.width)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    return picture.resize(size, optional("PIL.Image").Resampling.BILINEAR)
+    return picture if picture.size == size else picture.resize(size, optional("PIL.Image").Resampling.BILINEAR)
 
 
 def _channels(picture: Image) -> int:
@@ -265,5 +287,6 @@ def _array(picture: Image, settings: dict[str, Any]) -> NDArray[np.uint8]:
     if picture.mode == "RGBA":
         white = optional("PIL.Image").new("RGBA", picture.size, "white")
         picture = optional("PIL.Image").alpha_composite(white, picture)
-    pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    mode = "L" if channels == 1 else "RGB"
+    pixels = np.asarray(picture if picture.mode == mode else picture.convert(mode))
     return pixels.reshape(*pixels.shape[:2], channels)
