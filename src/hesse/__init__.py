@@ -24,12 +24,17 @@ if TYPE_CHECKING:
     from hesse.objective import closure as closure
     from hesse.training import Run as Run
     from hesse.training import train as train
+    from hesse.training.estimator import MultimodalClassifier as MultimodalClassifier
+    from hesse.training.estimator import MultimodalRegressor as MultimodalRegressor
+    from hesse.training.tune import tune as tune
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Finding": "hesse.finding",
     "InputError": "hesse.finding",
+    "MultimodalClassifier": "hesse.training.estimator",
+    "MultimodalRegressor": "hesse.training.estimator",
     "Run": "hesse.training",
     "argmin": "hesse.minimizers",
     "closure": "hesse.objective",
@@ -37,6 +42,7 @@ _HOME = {
     "least_squares": "hesse.minimizers",
     "minimize": "hesse.minimizers",
     "train": "hesse.training",
+    "tune": "hesse.training.tune",
     "watch": "hesse.health",
 }
 _ROOMS = ("check", "curvature", "minimizers", "optim")
@@ -44,6 +50,8 @@ _ROOMS = ("check", "curvature", "minimizers", "optim")
 __all__ = [
     "Finding",
     "InputError",
+    "MultimodalClassifier",
+    "MultimodalRegressor",
     "Run",
     "argmin",
     "check",
@@ -55,6 +63,7 @@ __all__ = [
     "minimizers",
     "optim",
     "train",
+    "tune",
     "watch",
 ]
 

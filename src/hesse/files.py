@@ -20,7 +20,11 @@ __all__ = ["atomic_path", "read_json", "read_lines", "write_json", "write_lines"
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder; when the block ends well, it becomes ``path`` in one step."""
+    """Give a temporary path in the same folder; when the block ends well, it becomes ``path`` in one step.
+
+    Raises:
+        OSError: it cannot be written (the disk is full, for one); what was at ``path`` is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -31,6 +35,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files private; a report is meant to be shared
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, name):  # a full disk names no file, or one that nobody knows
+            error.filename = os.fspath(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

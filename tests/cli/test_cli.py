@@ -71,7 +71,8 @@ def test_predict_to_every_kind_of_file(zoo: Path, tmp_path: Path, monkeypatch: p
     for ending in ("csv", "jsonl", "parquet"):
         out = tmp_path / f"予測.{ending}"
         code, line, err = hesse(monkeypatch, "predict", zoo / "run", table, "--out", out, "--json")
-        assert code == 0 and json.loads(line) == {"ok": True, "out": str(out), "rows": 60, "empty": 0}
+        told = {"ok": True, "out": str(out), "rows": 60, "empty": 0, "failures": [], "findings": []}
+        assert code == 0 and json.loads(line) == told
         assert "60 predictions" in err
     assert (tmp_path / "予測.csv").read_text(encoding="utf-8") == csv_text
     names = [row[TARGET] for row in read_lines(tmp_path / "予測.jsonl")]
@@ -85,7 +86,7 @@ def test_report_rebuilds_the_page(zoo: Path, monkeypatch: pytest.MonkeyPatch) ->
     page.unlink()
     assert hesse(monkeypatch, "report", zoo / "run") == (0, f"{page}\n", "")
     code, line, _ = hesse(monkeypatch, "report", zoo / "run", "--json")
-    assert code == 0 and json.loads(line) == {"ok": True, "report": str(page)}
+    assert json.loads(line) == {"ok": True, "report": str(page), "card": str(zoo / "run" / "card.md")} and code == 0
 
 
 BAD_TABLES: dict[str, bytes] = {

@@ -110,4 +110,4 @@ def test_safetensors_are_no_checkpoint(run: hesse.Run, tmp_path: Path) -> None:
 
 def test_no_file_of_a_run_is_a_pickle(run: hesse.Run) -> None:
     torch.load(run.folder / "checkpoint.pt", weights_only=True)
-    assert {path.suffix for path in run.folder.iterdir()} == {".pt", ".safetensors", ".json", ".jsonl", ".html"}
+    assert {path.suffix for path in run.folder.iterdir()} == {".pt", ".safetensors", ".json", ".jsonl", ".html", ".md"}

@@ -73,11 +73,14 @@ def test_predictions_keep_the_order_and_take_what_is_new(zoo: tuple[Path, hesse.
     rows.loc[0] = [None] * rows.shape[1]
     rows.loc[1, 'co"lour 🎂'] = "never seen"
     rows["extra"] = 1
-    new = run.predict(pa.Table.from_pandas(rows), data_root=table.parent)
+    with pytest.warns(UserWarning, match="never seen"):
+        new = run.predict(pa.Table.from_pandas(rows), data_root=table.parent)
     assert new[TARGET].null_count == 0
     assert new[TARGET].to_pylist()[2:] == whole[TARGET].to_pylist()[2:]
-    with pytest.raises(InputError, match="lacks 'sound'"):
-        run.predict(pa.Table.from_pandas(rows.drop(columns="sound")), data_root=table.parent)
+    rows.loc[1, 'co"lour 🎂'] = "red"
+    with pytest.warns(UserWarning, match="column 'sound': The table lacks this column"):
+        deaf = run.predict(pa.Table.from_pandas(rows.drop(columns="sound")), data_root=table.parent)
+    assert deaf[TARGET].null_count == 0
 
 
 def test_unreadable_rows_stop_or_are_left_empty(zoo: tuple[Path, hesse.Run], tmp_path: Path) -> None:
@@ -87,8 +90,9 @@ def test_unreadable_rows_stop_or_are_left_empty(zoo: tuple[Path, hesse.Run], tmp
     rows.loc[3, "写真.png"] = "broken.png"
     frame = pa.Table.from_pandas(rows)
     with pytest.raises(InputError, match="row 4"):
-        run.predict(frame, data_root=table.parent)
-    predictions = run.predict(frame, data_root=table.parent, skip_bad_rows=True)
+        run.predict(frame, data_root=table.parent, strict=True)
+    with pytest.warns(UserWarning, match=r"1 of 60 rows cannot be read.*row 4"):
+        predictions = run.predict(frame, data_root=table.parent)
     assert [i for i, value in enumerate(predictions[TARGET].to_pylist()) if value is None] == [3]
     with pytest.raises(InputError, match="row 4"):
         train(frame, TARGET, data_root=table.parent, out=tmp_path / "run")
@@ -173,8 +177,8 @@ def test_the_command_and_the_python_call_repeat_the_run(tmp_path: Path, monkeypa
         else:
             eval(config["python_call"], {"hesse": hesse})
         again = hesse.Run("a run")
-        same = [{**row, "seconds": 0} for row in metrics]
-        assert [{**row, "seconds": 0} for row in read_lines(again.folder / "metrics.jsonl")] == same
+        same = [{**row, "seconds": 0, "waited": 0} for row in metrics]
+        assert [{**row, "seconds": 0, "waited": 0} for row in read_lines(again.folder / "metrics.jsonl")] == same
         assert contents(again.folder)["model.safetensors"] == model["model.safetensors"]
         assert again.config["arguments"] == config["arguments"]
 
@@ -191,6 +195,7 @@ def test_the_defaults_that_are_recorded_are_those_of_train() -> None:
         "overwrite",
         "notes",
         "verbose",
+        "on_epoch",
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hesse.multimodal import FusedModel, encode, make_schema, read_table
 from hesse.training.evaluate import evaluate, outputs, score
+from hesse.training.feed import deal
 from hesse.training.loop import Plan, batches, finished, judge, start, take_step
 from hesse.training.optimizers import OPTIMIZERS, make_optimizer
 from training_tables import TARGET, numbers, pets
@@ -38,8 +39,8 @@ def test_the_loop_is_the_textbooks(name: str) -> None:
     model = model_of(plan)
     state = start(model, make_optimizer(name, model))
     while not finished(plan, state):
-        for rows, hidden in batches(plan, state.epoch):
-            take_step(plan, state, rows, hidden)
+        for batch in batches(plan, state):
+            take_step(plan, state, batch)
         judge(plan, state)
 
     plain = model_of(plan)
@@ -75,7 +76,7 @@ def test_every_epoch_deals_every_row_once_and_never_hides_all(tmp_path: Path) ->
     orders = []
     shares = []
     for epoch in range(50):
-        dealt = batches(plan, epoch)
+        dealt = deal(plan.positions["train"], len(plan.data.inputs), epoch, plan.batch_size, plan.seed)
         rows = torch.cat([rows for rows, _ in dealt])
         hidden = torch.cat([hidden for _, hidden in dealt])
         assert torch.equal(rows.sort().values, plan.positions["train"].sort().values)
@@ -85,13 +86,12 @@ def test_every_epoch_deals_every_row_once_and_never_hides_all(tmp_path: Path) ->
         shares.append(hidden.float().mean())
     assert len({tuple(order) for order in orders}) == 50
     assert 0.07 < torch.stack(shares).mean() < 0.13
-    again = batches(plan, 7)
+    again = deal(plan.positions["train"], 4, 7, 16, seed=0)
     assert torch.cat([rows for rows, _ in again]).tolist() == orders[7]
 
 
 def test_one_modality_is_never_hidden() -> None:
-    plan = plan_of(pa.table(numbers()), "species")
-    assert not any(hidden.any() for epoch in range(20) for _, hidden in batches(plan, epoch))
+    assert not any(hidden.any() for epoch in range(20) for _, hidden in deal(torch.arange(99), 1, epoch, 16, 0))
 
 
 def test_scores_are_scikit_learns() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import hesse
 from hesse import InputError
 from hesse.files import read_json, read_lines
 from hesse.training import course
+from training_runs import at_step, ctrl_c, records
 from training_tables import numbers, numbers_csv
 
 EPOCHS = 3
@@ -36,41 +35,6 @@ def train(table: Any, out: Path, **options: Any) -> hesse.Run:
     return hesse.train(
         table, "species", **{"out": out, "epochs": EPOCHS, "verbose": False, "batch_size": 16, **options}
     )
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
-    """Do something during the ``number``-th call of ``take_step`` from now on."""
-    calls, take_step = [0], course.take_step
-
-    def step(*args: Any) -> float:
-        calls[0] += 1
-        if calls[0] == number:
-            act()
-        return take_step(*args)
-
-    monkeypatch.setattr(course, "take_step", step)
-
-
-def ctrl_c() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def records(folder: Path) -> dict[str, Any]:
-    """All that a run leaves but wall times, and its weights as bytes."""
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    return {
-        "model": (folder / "model.safetensors").read_bytes(),
-        "last weights": {name: t.numpy().tobytes() for name, t in checkpoint["model"].items()},
-        "random": checkpoint["random"].tolist(),
-        "evaluation": read_json(folder / "evaluation.json"),
-        "findings": read_json(folder / "findings.json"),
-        **{name: without_seconds(read_lines(folder / f"{name}.jsonl")) for name in ("metrics", "steps", "layers")},
-        "status": read_json(folder / "config.json")["status"],
-    }
 
 
 @pytest.mark.parametrize("optimizer", ["kfac", "shampoo", "soap", "adamw", "lbfgs", "sgd"])

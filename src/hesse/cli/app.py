@@ -12,11 +12,13 @@ from hesse.cli.check import check
 from hesse.cli.demo import demo
 from hesse.cli.doctor import doctor
 from hesse.cli.exits import print_json
+from hesse.cli.export import export
 from hesse.cli.minimize import minimize
 from hesse.cli.predict import predict
 from hesse.cli.report import report
 from hesse.cli.spectrum import spectrum
 from hesse.cli.train import train
+from hesse.cli.tune import tune
 from hesse.finding import Finding
 
 __all__ = ["app", "run"]
@@ -32,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, report, spectrum, minimize, check, doctor, demo):
+for command in (train, tune, predict, export, report, spectrum, minimize, check, doctor, demo):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""``hesse report``: rebuild a run's page from its records."""
+"""``hesse report``: rebuild a run's page and its model card from its records."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ def report(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Rebuild the report page from a run's records and print its path."""
+    """Rebuild the report page and the model card from a run's records and print the path of the page."""
     with clean_exit(as_json):
         from hesse.report import build
+        from hesse.training.card import build_card
 
         page = build(run)
+        card = build_card(run)
         if as_json:
-            print_json({"ok": True, "report": str(page)})
+            print_json({"ok": True, "report": str(page), "card": str(card)})
         else:
             typer.echo(page)

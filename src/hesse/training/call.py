@@ -25,20 +25,28 @@ DEFAULTS: dict[str, Any] = {
     "out": None,
     "optimizer": "kfac",
     "lr": None,
+    "weight_decay": None,
     "epochs": None,
     "seconds": None,
     "batch_size": None,
     "columns": {},
+    "encoders": {},
+    "trainable": {},
     "split_column": None,
+    "class_weights": None,
     "data_root": None,
     "delimiter": None,
     "skip_bad_rows": False,
+    "fusion": "concat",
+    "balance": "pool",
+    "stream": None,
+    "workers": None,
     "compare": [],
     "seed": 0,
 }
 """The arguments of :func:`hesse.train` that make a run what it is, as JSON values."""
 
-MAY_CHANGE = ("out", "epochs", "seconds", "compare", "data_root", "delimiter")  # when a run is resumed
+MAY_CHANGE = ("out", "epochs", "seconds", "compare", "data_root", "delimiter", "workers")  # when a run is resumed
 LARGEST_SEED = 2**32 - 1
 LONGEST = 30  # characters of a name in a default folder: file systems take 255 bytes, four a character at most
 
@@ -53,7 +61,7 @@ def given(**arguments: Any) -> dict[str, Any]:
         >>> given(epochs=5, out=Path("runs/pets"), columns=None, seed=0)
         {'epochs': 5, 'out': 'runs/pets'}
     """
-    for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+    for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0)):
         value = arguments.get(name)
         if value is not None and not (isinstance(value, int | np.integer) and value >= least):
             raise InputError(
@@ -80,11 +88,13 @@ def extended(config: Mapping[str, Any], now: Mapping[str, Any], folder: Path) ->
         InputError: an argument would make it another run.
     """
     for name, value in now.items():
-        if name not in MAY_CHANGE and config[name] != value:
+        kept = config.get(name, DEFAULTS[name])
+        # What was asked for counts as well: a fusion "auto" has become something else.
+        if name not in MAY_CHANGE and value not in (kept, config["arguments"].get(name)):
             raise InputError(
                 "another setting",
                 name,
-                f"The run in {folder} has {name} {config[name]!r}, which cannot become {value!r} on the way.",
+                f"The run in {folder} has {name} {kept!r}, which cannot become {value!r} on the way.",
                 "Resume without it, or train anew with another --out.",
             )
     before = dict(config["arguments"])
@@ -102,10 +112,11 @@ def record(schema: Schema, source: Table) -> dict[str, Any]:
         "python": platform.python_version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "table": source.name,
-        "target": schema.target,
+        "target": ", ".join(target.name for target in schema.targets),
         "rows": len(source),
-        "task": schema.task,
-        "classes": list(schema.classes),
+        "task": schema.targets[0].task,
+        "classes": list(schema.targets[0].classes),
+        "targets": [{"name": t.name, "task": t.task, "classes": list(t.classes)} for t in schema.targets],
         "modalities": [
             {"key": key, "name": modality_name(schema, key), "kind": columns[0].kind if key != "columns" else key}
             for key, columns in schema.modalities.items()
@@ -113,7 +124,7 @@ def record(schema: Schema, source: Table) -> dict[str, Any]:
     }
 
 
-def repeated(table: Any, target: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def repeated(table: Any, target: str | Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What ``config.json`` says about the call: the arguments, and the same call as a command and in Python.
 
     Example:
@@ -124,16 +135,17 @@ def repeated(table: Any, target: str, arguments: Mapping[str, Any]) -> dict[str,
         hesse.train('pets.csv', target='species', epochs=5, columns={'a b': 'text'}, skip_bad_rows=True)
     """
     path = _path(table)
-    python = [repr(path) if path else "table", f"target={target!r}"]
+    targets = [target] if isinstance(target, str) else list(target)
+    python = [repr(path) if path else "table", f"target={(targets[0] if len(targets) == 1 else targets)!r}"]
     python += [f"{name}={value!r}" for name, value in arguments.items()]
     return {
         "arguments": dict(arguments),
-        "command": _command(path or "TABLE", target, arguments),
+        "command": _command(path or "TABLE", targets, arguments),
         "python_call": f"hesse.train({', '.join(python)})",
     }
 
 
-def default_folder(table: Any, target: str) -> Path:
+def default_folder(table: Any, target: str | Sequence[str]) -> Path:
     """``runs/TABLE-TARGET``, where no letter of either can lead elsewhere.
 
     Example:
@@ -141,6 +153,7 @@ def default_folder(table: Any, target: str) -> Path:
         'runs/pets-___species'
     """
     path = _path(table)
+    target = target if isinstance(target, str) else "-".join(target)
     return Path("runs") / f"{_plain('data-frame' if path is None else Path(path).stem)}-{_plain(target)}"
 
 
@@ -149,14 +162,15 @@ def modality_name(schema: Schema, key: str) -> str:
     return key if key == "columns" else schema.modalities[key][0].name
 
 
-def _command(table: str, target: str, arguments: Mapping[str, Any]) -> str:
-    words = ["hesse", "train", table, "--target", target]
+def _command(table: str, targets: Sequence[str], arguments: Mapping[str, Any]) -> str:
+    words = ["hesse", "train", table, *(word for target in targets for word in ("--target", target))]
     for name, value in arguments.items():
         option = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(option)
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option.removeprefix('--')}")
         elif isinstance(value, Mapping):
-            words += [word for column, kind in value.items() for word in ("--column", f"{column}={kind}")]
+            option = option.removesuffix("s")  # --column, --encoder
+            words += [word for column, kind in value.items() for word in (option, f"{column}={kind}")]
         else:
             words += [word for item in (value if isinstance(value, list) else [value]) for word in (option, str(item))]
     return shlex.join(words)

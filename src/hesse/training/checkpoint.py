@@ -7,6 +7,7 @@ people and pages, written after it, so whatever a crash leaves of them does not 
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -21,25 +22,28 @@ from hesse.training.loop import State
 __all__ = ["CHECKPOINT", "restore", "save"]
 
 CHECKPOINT = "checkpoint.pt"
-PLAIN = ("epoch", "batch", "step", "seconds", "loss_sum", "best_loss", "best_epoch", "metrics", "steps")
+PLAIN = ("epoch", "batch", "step", "seconds", "waited", "seen", "loss_sum", "best_loss", "best_epoch")
+RECORDS = ("metrics", "steps", "skipped")
 
 
 def save(folder: Path, state: State) -> None:
     """Write the state and its records into ``folder``."""
+    content = io.BytesIO()  # what torch writes to a disk that is full fails with an error of its own
+    torch.save(
+        {
+            "model": state.model.state_dict(),
+            "average": state.average.state_dict(),
+            "best": state.best,
+            "optimizer": state.optimizer.state_dict(),
+            "monitor": state.monitor.state_dict(),
+            "random": torch.get_rng_state(),
+            "earlier": [finding.to_dict() for finding in state.earlier],
+            **{name: getattr(state, name) for name in PLAIN + RECORDS},
+        },
+        content,
+    )
     with atomic_path(folder / CHECKPOINT) as temporary:
-        torch.save(
-            {
-                "model": state.model.state_dict(),
-                "average": state.average.state_dict(),
-                "best": state.best,
-                "optimizer": state.optimizer.state_dict(),
-                "monitor": state.monitor.state_dict(),
-                "random": torch.get_rng_state(),
-                "earlier": [finding.to_dict() for finding in state.earlier],
-                **{name: getattr(state, name) for name in PLAIN},
-            },
-            temporary,
-        )
+        temporary.write_bytes(content.getbuffer())
     write_lines(folder / "metrics.jsonl", state.metrics)
     write_lines(folder / "steps.jsonl", state.steps)
     write_lines(folder / "layers.jsonl", state.monitor.records)
@@ -63,7 +67,7 @@ def restore(folder: Path, state: State) -> None:
         state.optimizer.load_state_dict(saved["optimizer"])
         state.monitor.load_state_dict(saved["monitor"])
         state.earlier = [Finding(**finding) for finding in saved["earlier"]]
-        for name in PLAIN:
+        for name in PLAIN + RECORDS:
             setattr(state, name, saved[name])
         torch.set_rng_state(saved["random"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # whatever a foreign file holds

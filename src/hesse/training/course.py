@@ -9,23 +9,29 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hesse import check
 from hesse.files import write_json
-from hesse.finding import Finding
+from hesse.finding import Finding, InputError
 from hesse.multimodal import FusedModel
 from hesse.objective import closure
 from hesse.objective.replicas import Replicas
 from hesse.training import checkpoint
-from hesse.training.build import build_model
-from hesse.training.evaluate import LOSSES, evaluate
+from hesse.training.balance import fallen_back
+from hesse.training.build import build_model, plain
+from hesse.training.calibration import calibrate
+from hesse.training.classes import unseen_classes
+from hesse.training.evaluate import evaluate, known_targets, outputs
+from hesse.training.feed import Batch
+from hesse.training.leaks import constant_modalities, leaks
 from hesse.training.loop import (
     Plan,
     State,
@@ -37,6 +43,7 @@ from hesse.training.loop import (
     start,
     take_step,
 )
+from hesse.training.losses import loss_of
 from hesse.training.optimizers import batch_size, make_optimizer
 from hesse.training.run import Run, write_model
 from hesse.training.screen import Screen
@@ -50,26 +57,28 @@ SAVED = 1.0  # seconds between saves, at the ends of epochs; one takes about 40 
 
 @dataclass(frozen=True)
 class Course:
-    """Where the records go, what ``config.json`` says, and the plan."""
+    """Where the records go, what ``config.json`` says, the plan, and who is told of each epoch."""
 
     folder: Path
     config: dict[str, Any]
     plan: Plan
+    on_epoch: Callable[[dict[str, Any]], object] | None = None
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Write the configuration and the schema, with a status that stays true: running, interrupted, finished."""
-        self._write("running")
+        self.write("running")
         if self.plan.team.first:
             write_json(self.folder / "columns.json", self.plan.schema.to_json())
         try:
             yield
         except KeyboardInterrupt:
-            self._write("interrupted")
+            self.write("interrupted")
             raise
-        self._write("finished")
+        self.write("finished")
 
-    def _write(self, status: str) -> None:
+    def write(self, status: str) -> None:
+        """Write the configuration, with what has become of the course."""
         if self.plan.team.first:
             write_json(self.folder / "config.json", {**self.config, "status": status})
 
@@ -78,8 +87,8 @@ def beside(course: Course, name: str, seconds: float) -> Course:
     """Another optimiser at its default rate, from the same start, for the same wall time, in ``compare/NAME``."""
     terms: dict[str, Any] = {"epochs": None, "seconds": seconds, "patience": None}
     if "batch_size" not in course.config["arguments"]:
-        terms["batch_size"] = batch_size(name, len(course.plan.positions["train"]))
-    config = {**course.config, "optimizer": name, "lr": None, "compare": [], **terms}
+        terms["batch_size"] = batch_size(name, len(course.plan.feed))
+    config = {**course.config, "optimizer": name, "lr": None, "weight_decay": None, "compare": [], **terms}
     return Course(course.folder / "compare" / name, config, replace(course.plan, **terms))
 
 
@@ -102,15 +111,17 @@ def follow(course: Course, screen: Screen, interrupted: threading.Event, checked
     saved = time.monotonic()
     with state.monitor, screen.training(plan, course.config["optimizer"]) as bar:
         while not finished(plan, state):
-            for rows, hidden in batches(plan, state.epoch)[state.batch :]:
-                loss = take_step(plan, state, rows, hidden)
+            for batch in _saving(course, state, batches(plan, state)):
+                loss = take_step(plan, state, batch)
                 bar.step(state, loss)
                 if not Replicas(state.replica).all(not interrupted.is_set()):  # any process
                     _save(course, state)
                     raise KeyboardInterrupt
                 if out_of_time(plan, state) or (not math.isfinite(loss) and diverged(state)):
                     break
-            bar.epoch(judge(plan, state))
+            row = judge(plan, state)
+            bar.epoch(row)
+            _told(course, state, row)
             if time.monotonic() - saved >= SAVED:
                 _save(course, state)
                 saved = time.monotonic()
@@ -118,9 +129,39 @@ def follow(course: Course, screen: Screen, interrupted: threading.Event, checked
     if state.best and plan.team.first:
         part = "test" if len(plan.positions["test"]) else "valid"
         # The model as it lies on disk is judged: it is what predicts.
-        record = evaluate(plan.schema, Run(folder).model(), plan.data, plan.positions, part)
+        model, valid = Run(folder).model(), plan.positions["valid"]
+        calibration = calibrate(plan.schema, outputs(model, plan.data, valid), known_targets(plan.data, valid))
+        write_json(folder / "calibration.json", calibration)
+        record = evaluate(plan.schema, model, plan.data, plan.positions, part, calibration)
+        if (finding := fallen_back(model)) is not None:
+            record["fallback"] = {"modality": finding.where, "reason": finding.message}
+            state.earlier = [*(known for known in state.earlier if known.kind != finding.kind), finding]
+            screen.findings([finding])
+            _save(course, state)
         write_json(folder / "evaluation.json", record)
     return state
+
+
+def _saving(course: Course, state: State, feed: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; if one of them cannot be read, the state is saved, to go on when that has been mended."""
+    try:
+        yield from feed
+    except InputError:
+        _save(course, state)
+        course.write("interrupted")
+        raise
+
+
+def _told(course: Course, state: State, row: dict[str, Any]) -> None:
+    """Tell the caller of an epoch; whatever he raises ends the training, with the state saved."""
+    if course.on_epoch is None or not course.plan.team.first:
+        return
+    try:
+        course.on_epoch(dict(row))
+    except BaseException:
+        _save(course, state)
+        course.write("interrupted")
+        raise
 
 
 def _save(course: Course, state: State) -> None:
@@ -137,12 +178,16 @@ def _begin(course: Course, screen: Screen, checked: bool) -> State:
     torch.default_generator.manual_seed(plan.seed)  # torch.manual_seed would disturb the caller's devices too
     model = build_model(plan.schema, course.config)
     replica = plan.team.replica(model)
-    state = start(model, make_optimizer(course.config["optimizer"], replica, course.config["lr"]), replica)
+    state = start(model, _optimizer(course.config, replica), replica)
     if (course.folder / checkpoint.CHECKPOINT).exists():
         checkpoint.restore(course.folder, state)
     elif checked:
         state.earlier = _look(plan, model, screen)
     return state
+
+
+def _optimizer(config: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    return make_optimizer(config["optimizer"], model, config["lr"], config.get("weight_decay"))  # 0.1.0 had none
 
 
 def _look(plan: Plan, model: FusedModel, screen: Screen) -> list[Finding]:
@@ -162,8 +207,13 @@ def _look(plan: Plan, model: FusedModel, screen: Screen) -> list[Finding]:
                 severity="info",
             )
         )
+    if plan.streamed is None:  # otherwise the training rows at hand are a sample
+        findings += unseen_classes(plan.schema, plan.data, plan.positions)
+    findings += leaks(plan.schema, plan.data, plan.positions)
+    findings += constant_modalities(plan.schema, plan.data, plan.positions)
     screen.findings(findings)
     batch = plan.data.batch(plan.positions["train"][:CHECKED_ROWS])
-    report = check.gradients(closure(model, LOSSES[plan.schema.task], batch))
+    # Of the model without its cure: some cures change gradients, which is no fault.
+    report = check.gradients(closure(plain(model), loss_of(plan.schema), batch))
     screen.gradient_check(report)
     return [*findings, *report.findings]

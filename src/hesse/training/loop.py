@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,13 +24,17 @@ from hesse.multimodal import Dataset, FusedModel, Schema
 from hesse.objective import closure
 from hesse.objective.replicas import Replicas
 from hesse.training.average import averaged
-from hesse.training.evaluate import LOSSES, known_targets, outputs, score
+from hesse.training.balance import before_epoch, fit_answer
+from hesse.training.build import training_loss
+from hesse.training.evaluate import known_targets, mean_score, outputs
+from hesse.training.feed import Batch, Feed, Held, skipped_rows
+from hesse.training.losses import loss_of
 from hesse.training.team import Team
 
 __all__ = ["Plan", "State", "batches", "diverged", "finished", "judge", "out_of_time", "start", "take_step"]
 
-MODALITY_DROPOUT = 0.1  # so that the head has met absent modalities before prediction does
 MOST_STEPS_KEPT = 1000
+MOST_LISTED = 20  # rows that could not be read
 SAMPLED = 25  # steps between the monitor's samples: not a share of the time, so that a resumed run repeats them
 TUNED = ("damping", "lr", "momentum", "rejections", "trust_ratio")
 
@@ -39,11 +44,13 @@ class Plan:
     """What does not change while training: the data, its parts and when to stop.
 
     Attributes:
+        data: the rows that validate and test, and those that train: all of them, or a sample if they are streamed.
         positions: of the rows in ``data``, by part: "train", "valid", "test".
         epochs: most epochs, or None.
         seconds: most seconds of training, evaluation not counted, or None.
         patience: stop after so many epochs without a better validation loss, or None.
         team: the processes that train.
+        streamed: where training rows come from if they are not all in ``data``.
     """
 
     schema: Schema
@@ -55,6 +62,12 @@ class Plan:
     seconds: float | None
     patience: int | None
     team: Team = field(default_factory=Team)
+    streamed: Feed | None = None
+
+    @property
+    def feed(self) -> Feed:
+        """The training rows."""
+        return self.streamed or Held(self.data, self.positions["train"])
 
 
 @dataclass
@@ -65,11 +78,13 @@ class State:
         replica: the model as it is called: itself, or with gradients that are averaged over several processes.
         epoch, batch, step: how many were completed; ``batch`` of the epoch under way.
         seconds: of training, evaluation not counted.
-        loss_sum: over the rows of the epoch under way.
+        waited: how many of these the loop had to wait for rows.
+        seen, loss_sum: rows of the epoch under way, and the sum of their losses.
         best_loss, best_epoch, best: the averaged weights with the lowest validation loss; none before that was a
             number.
         metrics, steps: rows of ``metrics.jsonl`` and ``steps.jsonl``.
         earlier: findings in the data and the gradients, before the first step.
+        skipped: rows that could not be read while training: the place of each, and for the first of them the finding.
     """
 
     model: FusedModel
@@ -81,6 +96,8 @@ class State:
     batch: int = 0
     step: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
+    seen: int = 0
     loss_sum: float = 0.0
     best_loss: float = math.inf
     best_epoch: int = 0
@@ -88,11 +105,12 @@ class State:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     earlier: list[Finding] = field(default_factory=list)
+    skipped: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
     @property
     def findings(self) -> list[Finding]:
         """All that was found: in the data and the gradients before the first step, then while training."""
-        return [*self.earlier, *self.monitor.findings]
+        return [*self.earlier, *skipped_rows(self.skipped), *self.monitor.findings]
 
 
 def start(model: FusedModel, optimizer: torch.optim.Optimizer, replica: nn.Module | None = None) -> State:
@@ -100,31 +118,39 @@ def start(model: FusedModel, optimizer: torch.optim.Optimizer, replica: nn.Modul
     return State(model, averaged(model), optimizer, Monitor(model, every=SAMPLED, guard=None), replica or model)
 
 
-def batches(plan: Plan, epoch: int) -> list[tuple[Tensor, Tensor]]:
-    """The batches of an epoch: positions [b] of their rows, and bool [b, modalities], what is hidden from which row."""
-    generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + epoch)
-    rows = plan.positions["train"]
-    order = rows[torch.randperm(len(rows), generator=generator)]
-    modalities = len(plan.schema.modalities)
-    hidden = torch.rand(len(order), modalities, generator=generator) < MODALITY_DROPOUT
-    hidden &= ~hidden.all(1, keepdim=True)  # something must be left to learn from
-    return list(zip(order.split(plan.batch_size), hidden.split(plan.batch_size), strict=True))
+def batches(plan: Plan, state: State) -> Iterator[Batch]:
+    """What is left of the epoch under way, with the time that each batch was waited for."""
+    feed = plan.feed.batches(state.epoch, state.batch, plan.batch_size, plan.seed, plan.team)
+    while True:
+        began = time.perf_counter()
+        batch = next(feed, None)
+        if batch is None:
+            return
+        for finding in batch.failed:
+            listed = len(state.skipped) < MOST_LISTED
+            state.skipped.setdefault(finding.where, finding.to_dict() if listed else None)
+        if Replicas(state.replica).all(batch.rows > 0):
+            yield replace(batch, waited=time.perf_counter() - began)
+        else:  # nothing of it could be read, in some process
+            state.batch += 1
 
 
-def take_step(plan: Plan, state: State, rows: Tensor, hidden: Tensor) -> float:
-    """One optimiser step on ``rows``, of which each process computes its share; returns the loss before it."""
+def take_step(plan: Plan, state: State, batch: Batch) -> float:
+    """One optimiser step on a batch, of which each process computes its share; returns the loss before it."""
     began = time.perf_counter()
-    inputs, targets = plan.data.batch(plan.team.share(rows))
-    hidden = plan.team.share(hidden)
-    for column, (key, (values, present)) in enumerate(inputs.items()):
-        inputs[key] = (values, present & ~hidden[:, column])
-    batch = state.model.prepare(inputs), targets
-    loss = float(state.optimizer.step(closure(state.replica, LOSSES[plan.schema.task], batch)))  # type: ignore[arg-type]
+    if state.seen == 0:
+        before_epoch(plan.schema, state.model, plan.data, plan.positions)
+    prepared = state.model.prepare(batch.inputs), batch.targets
+    loss_fn = training_loss(plan.schema, state.model)
+    loss = float(state.optimizer.step(closure(state.replica, loss_fn, prepared)))  # type: ignore[arg-type]
     state.average.update_parameters(state.model)
     state.step += 1
     state.batch += 1
-    state.loss_sum += loss * len(rows)
-    state.seconds += Replicas(state.replica).largest([time.perf_counter() - began])[0]
+    state.seen += batch.rows
+    state.loss_sum += loss * batch.rows
+    took, waited = Replicas(state.replica).largest([time.perf_counter() - began, batch.waited])
+    state.seconds += took + waited
+    state.waited += waited
     state.monitor.step(loss=loss)
     group = state.optimizer.param_groups[0]
     tuned = {name: float(group[name]) for name in TUNED if name in group}
@@ -134,12 +160,14 @@ def take_step(plan: Plan, state: State, rows: Tensor, hidden: Tensor) -> float:
 
 def judge(plan: Plan, state: State) -> dict[str, Any]:
     """End an epoch: validate the averaged model, keep it if it is the best, and return the row of ``metrics.jsonl``."""
-    seen = min(state.batch * plan.batch_size, len(plan.positions["train"]))
     valid = plan.positions["valid"]
+    fit_answer(plan.schema, state.average.module, plan.data, valid)
     out, targets = outputs(state.average.module, plan.data, valid), known_targets(plan.data, valid)
-    (loss,) = Replicas(state.replica).mean(float(LOSSES[plan.schema.task](out, targets)))  # one verdict for all
+    (loss,) = Replicas(state.replica).mean(float(loss_of(plan.schema)(out, targets)))  # one verdict for all
     better = loss < state.best_loss
     state.epoch += 1
+    for others in Replicas(state.replica).objects(state.skipped) if plan.streamed else ():
+        state.skipped |= others
     if better:
         state.best_loss, state.best_epoch = loss, state.epoch
         state.best = {name: t.clone() for name, t in state.average.module.state_dict().items()}
@@ -147,13 +175,14 @@ def judge(plan: Plan, state: State) -> dict[str, Any]:
         "epoch": state.epoch,
         "step": state.step,
         "seconds": state.seconds,
-        "train_loss": state.loss_sum / seen,
+        "waited": state.waited,
+        "train_loss": state.loss_sum / max(1, state.seen),
         "valid_loss": loss,
-        "valid_score": score(plan.schema.task, out, targets),
+        "valid_score": mean_score(plan.schema, out, targets),
         "best": better,
     }
     state.metrics.append(row)
-    state.batch, state.loss_sum = 0, 0.0
+    state.batch, state.seen, state.loss_sum = 0, 0, 0.0
     return row
 
 

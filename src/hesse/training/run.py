@@ -9,9 +9,12 @@ metrics.jsonl        a row an epoch
 steps.jsonl          loss, damping and step size, a row a step (thinned)
 layers.jsonl         gradient and update of each layer, a row a sampled step
 findings.json        what was noticed in data, derivatives and training
-evaluation.json      score on held-out rows, by class and by modality
+evaluation.json      score and metrics on held-out rows, by target, by class and by modality
+calibration.json     temperature and thresholds of the predicted probabilities
+samples/             pictures, sounds and texts of rows on which the modalities disagree
 compare/NAME/        the same for an optimiser trained beside it
 report.html          the page
+card.md              the model card
 spectrum.json        how the loss curves: eigenvalues, traces, density (``hesse spectrum``)
 spectrum.html        the same as a page
 ===================  ==============================================================================
@@ -22,20 +25,23 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hesse.files import atomic_path, read_json, write_json
 from hesse.finding import InputError
-from hesse.multimodal import FusedModel, Schema, encode, read_table
+from hesse.multimodal import FusedModel, Schema
+from hesse.multimodal.stream import open_source
+from hesse.training.answers import refuse_threshold
 from hesse.training.build import build_model
-from hesse.training.evaluate import outputs
+from hesse.training.forecast import Forecast
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,7 +57,9 @@ RECORDS = (
     "layers.jsonl",
     "findings.json",
     "evaluation.json",
+    "calibration.json",
     "report.html",
+    "card.md",
     "spectrum.json",
     "spectrum.html",
     "config.json",  # last to go: it is what makes a folder a run folder
@@ -65,8 +73,8 @@ CONFIG = (
     "rows",
     "seed",
 )  # what this version cannot do without
+LOCK = ".lock"  # there while a process trains
 ANEW = "Put the file back that hesse wrote, or train anew with --overwrite."
-MOST_PROBABILITIES = 20  # columns of a prediction
 
 
 class Run:
@@ -102,6 +110,12 @@ class Run:
     def evaluation(self) -> dict[str, Any]:
         """The record of the last evaluation; empty before the end of training."""
         path = self.folder / "evaluation.json"
+        return read_json(path) if path.exists() else {}
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """Temperature and thresholds of each target that has classes; empty where none were fitted."""
+        path = self.folder / "calibration.json"
         return read_json(path) if path.exists() else {}
 
     @property
@@ -149,53 +163,79 @@ class Run:
         *,
         data_root: str | os.PathLike[str] | None = None,
         delimiter: str | None = None,
-        skip_bad_rows: bool = False,
+        strict: bool = False,
+        threshold: float | str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> pa.Table:
         """Predict the target of each row.
 
+        Rows that cannot be read have empty predictions and are named in a warning. Columns that are absent and
+        categories that no training row had count as missing, with a warning too.
+
         Args:
-            table: a path or any data frame with the columns that the run was trained on (the target may be absent).
+            table: a path (of a file or a folder of files) or any data frame with the columns that the run was trained
+                on (the target may be absent).
             data_root: the folder that paths in cells are relative to; by default the table's own.
             delimiter: of a CSV file, when it cannot be told.
-            skip_bad_rows: leave the prediction of unreadable rows empty instead of raising.
-            progress: called with how many files are decoded and how many there are.
+            strict: raise at the first row that cannot be read.
+            threshold: from which probability on a row is of the second of two classes, or has a label: a number, or
+                "best" for the one with the best F1 on the rows that validated. By default the likelier of two classes
+                is predicted, and each label by its own best threshold.
+            progress: called with how many rows are done and how many there are.
 
         Returns:
             A pyarrow table of as many rows as ``table``, in its order: the prediction under the target's name; for
             classes also ``confidence``, the probability of the predicted one, and, up to 20 classes, ``probability
-            of CLASS`` each.
+            of CLASS`` each. Probabilities are calibrated. Labels are a list in each cell. Where there are several
+            targets, columns are called after them: ``TARGET confidence``.
         """
         import pyarrow as pa
 
-        source = read_table(table, delimiter=delimiter)
-        root = Path(data_root) if data_root is not None else source.folder or Path.cwd()
-        data = encode(self.schema, source, root=root, skip_bad_rows=skip_bad_rows, with_target=False, progress=progress)
-        out = outputs(self.model(), data, torch.arange(len(data)))
-        rows = data.rows.tolist()
+        forecast = self.forecast(
+            table, data_root=data_root, delimiter=delimiter, strict=strict, threshold=threshold, progress=progress
+        )
+        predictions = pa.concat_tables(list(forecast))
+        if forecast.failed:
+            count = f"{forecast.failed} of {forecast.rows} rows cannot be read, and their predictions are empty"
+            warnings.warn(f"{count}. The first: {forecast.failures[0]}", stacklevel=2)
+        for finding in forecast.findings:
+            warnings.warn(str(finding), stacklevel=2)
+        return predictions
 
-        def whole(values: list[Any]) -> list[Any]:
-            column: list[Any] = [None] * len(source)
-            for row, value in zip(rows, values, strict=True):
-                column[row] = value
-            return column
+    def forecast(
+        self,
+        table: Any,
+        *,
+        data_root: str | os.PathLike[str] | None = None,
+        delimiter: str | None = None,
+        strict: bool = False,
+        threshold: float | str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Forecast:
+        """The predictions of a table of any size, chunk by chunk, in the memory that a chunk takes.
 
-        target = self.schema.target
-        if self.schema.task == "regression":
-            return pa.table({target: whole((self.schema.mean + self.schema.scale * out[:, 0].double()).tolist())})
-        probability = out.double().softmax(1)
-        best = probability.max(1)
-        columns = {target: whole([self.schema.classes[i] for i in best.indices.tolist()])}
-        columns[_unlike(target, "confidence")] = whole(best.values.tolist())
-        if len(self.schema.classes) <= MOST_PROBABILITIES:
-            for i, name in enumerate(self.schema.classes):
-                columns[_unlike(target, f"probability of {name}")] = whole(probability[:, i].tolist())
-        return pa.table(columns)
+        Takes what :meth:`predict` takes. Iterating over what it returns gives pyarrow tables, whose rows are those of
+        ``table`` in its order; afterwards ``failures`` and ``findings`` say what was wrong.
+        """
+        refuse_threshold(self.schema, threshold)
+        source = open_source(table, delimiter=delimiter)
+        return Forecast(
+            self.schema,
+            self.model(),
+            self.calibration,
+            source,
+            root=Path(data_root) if data_root is not None else source.folder or Path.cwd(),
+            threshold=threshold,
+            strict=strict,
+            progress=progress,
+        )
 
     def report(self) -> Path:
-        """Write ``report.html`` from the records, and return its path."""
+        """Write ``report.html`` and ``card.md`` from the records, and return the path of the page."""
         from hesse.report import build
+        from hesse.training.card import build_card
 
+        build_card(self.folder)
         return build(self.folder)
 
     def spectrum(
@@ -250,21 +290,23 @@ class Run:
 
         Every count and statistic of the columns must be as it was, up to the rounding of other threads or machines.
         """
-        if self.schema.target != schema.target:
-            return f"the target was '{self.schema.target}' and is '{schema.target}'"
+        then, now = ([target.name for target in one.targets] for one in (self.schema, schema))
+        if then != now:
+            return f"the target was '{', '.join(then)}' and is '{', '.join(now)}'"
         if self.config["rows"] != rows:
             return f"it had {self.config['rows']} rows and has {rows}"
         if _alike(self.schema.to_json(), schema.to_json()):
             return ""
         pairs = zip(self.schema.columns, schema.columns, strict=False)
-        changed = [now.name for then, now in pairs if not _alike(then.to_json(), now.to_json())]
+        changed = [b.name for a, b in pairs if not _alike(a.to_json(), b.to_json())]
         return f"the columns have changed ({', '.join(changed[:5]) or 'their number'})"
 
 
 def write_model(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write ``model.safetensors``, atomically."""
     with atomic_path(folder / "model.safetensors") as temporary:
-        save_file({name: t.contiguous() for name, t in weights.items()}, temporary, metadata={"format": "pt"})
+        # As bytes: what the library writes itself fails with errors of its own when the disk is full.
+        temporary.write_bytes(save({name: t.contiguous() for name, t in weights.items()}, metadata={"format": "pt"}))
 
 
 def refuse_used(folder: Path, overwrite: bool) -> None:
@@ -279,7 +321,7 @@ def refuse_used(folder: Path, overwrite: bool) -> None:
             "There is a run in this folder already.",
             "Go on with it (--resume), replace it (--overwrite), or choose another --out.",
         )
-    if folder.is_dir() and not is_run and any(folder.iterdir()):
+    if folder.is_dir() and not is_run and any(path.name != LOCK for path in folder.iterdir()):
         raise InputError(
             "folder in use",
             str(folder),
@@ -290,8 +332,9 @@ def refuse_used(folder: Path, overwrite: bool) -> None:
 
 def clear(folder: Path) -> None:
     """Remove a run's own files from ``folder``, what a crash left half-written among them, and nothing else."""
-    if (folder / "compare").is_dir():
-        shutil.rmtree(folder / "compare")
+    for name in ("compare", "samples"):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
     for name in RECORDS:
         for left in folder.glob(f".{name}.*"):
             left.unlink()
@@ -315,8 +358,3 @@ def _alike(then: Any, now: Any) -> bool:
     if isinstance(then, float) and isinstance(now, float):
         return math.isclose(then, now, rel_tol=1e-5, abs_tol=1e-5)
     return bool(then == now)
-
-
-def _unlike(target: str, name: str) -> str:
-    """``name``, unless the target is called so."""
-    return f"{name}_" if name == target else name

@@ -23,7 +23,7 @@ from hesse.check import Report
 from hesse.finding import Finding
 from hesse.multimodal import Schema
 from hesse.training.call import modality_name
-from hesse.training.evaluate import SCORES
+from hesse.training.evaluate import score_name
 from hesse.training.loop import Plan, State, diverged
 
 __all__ = ["Screen", "Training"]
@@ -105,11 +105,16 @@ class Screen:
         score = Text(_number(evaluation["value"]), style="bold")
         rest = f" on {evaluation['n']} rows, baseline {_number(evaluation['baseline'])}"
         table.add_row(f"{evaluation['part']} {evaluation['score']}", score + Text(rest))
+        for name, one in evaluation["targets"].items() if len(evaluation["targets"]) > 1 else ():
+            rest = f" on {one['n']} rows, baseline {_number(one['baseline'])}"
+            table.add_row(Text("  ") + _line(f"{name} {one['score']}"), _number(one["value"]) + rest)
         for optimizer, other in compared.items():
             table.add_row(f"  {optimizer} beside it", _number(other["value"]))
         for key, parts in evaluation["modalities"].items():
             name = _line(modality_name(schema, key))
-            table.add_row(Text("  ") + name, f"{_number(parts['alone'])} alone, {_number(parts['without'])} without it")
+            adds = f", adds {_number(parts['shapley'])}" if "shapley" in parts else ""  # its Shapley value
+            seen = f"{_number(parts['alone'])} alone, {_number(parts['without'])} without it{adds}"
+            table.add_row(Text("  ") + name, seen)
         reason = ", then it diverged" if diverged(state) else ""
         table.add_row("best epoch", f"{state.best_epoch} of {state.epoch}{reason}")
         table.add_row("training time", f"{state.seconds:.1f} s")
@@ -127,7 +132,7 @@ class Training(AbstractContextManager["Training"]):
 
     def __init__(self, screen: Screen, progress: Progress, plan: Plan, label: str) -> None:
         self._screen, self._progress, self._plan, self._label = screen, progress, plan, label
-        self._per_epoch = -(-len(plan.positions["train"]) // plan.batch_size)
+        self._per_epoch = -(-len(plan.feed) // plan.batch_size)
         self._valid = ""
         self._task = progress.add_task(label, total=1.0, status="")
 
@@ -154,7 +159,7 @@ class Training(AbstractContextManager["Training"]):
 
     def epoch(self, row: dict[str, Any]) -> None:
         """After each epoch, with its row of ``metrics.jsonl``."""
-        self._valid = f"  valid {SCORES[self._plan.schema.task]} {_number(row['valid_score'])}"
+        self._valid = f"  valid {score_name(self._plan.schema)} {_number(row['valid_score'])}"
         if not self._screen.live:
             self._screen.say(
                 f"{self._label} epoch {row['epoch']:>3}  {row['seconds']:6.1f} s  "

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -31,8 +31,13 @@ from hesse.curvature.blocks import TRIAL
 from hesse.finding import InputError
 from hesse.linalg import Density, Eigenpairs, Estimate, LinearOperator
 from hesse.multimodal import Dataset, FusedModel, Schema, Table, encode, make_schema, read_table
+from hesse.multimodal.split import Parts
+from hesse.multimodal.stream import Source, divide, open_source
+from hesse.multimodal.stream.divide import TEST, TRAIN, VALID
+from hesse.training.build import plain
 from hesse.training.call import DEFAULTS, modality_name
-from hesse.training.evaluate import LOSSES, known_targets, outputs
+from hesse.training.evaluate import known_targets, outputs
+from hesse.training.losses import loss_of
 from hesse.training.screen import Screen
 
 if TYPE_CHECKING:
@@ -41,7 +46,11 @@ if TYPE_CHECKING:
 __all__ = ["measure"]
 
 PARTS = ("train", "valid", "test")
-LOSS_NAMES = {"classification": "cross-entropy", "regression": "mean squared error of the standardised target"}
+LOSS_NAMES = {
+    "classification": "cross-entropy",
+    "multilabel": "binary cross-entropy",
+    "regression": "mean squared error of the standardised target",
+}
 TRACE_RTOL = 0.05
 STEPS, VECTORS = 50, 2  # of the density: fewer steps leave waves in it, vectors matter less on its logarithmic scale
 # At the lower end eigenvalues lie close together. With room for all products that this takes, a search never starts
@@ -72,7 +81,7 @@ def measure(
     model = run.model()
     data, part, available = _rows(run, table, data_root, split, rows, seed, screen)
     positions = torch.arange(len(data))
-    loss = float(LOSSES[run.schema.task](outputs(model, data, positions), known_targets(data, positions)))
+    loss = float(loss_of(run.schema)(outputs(model, data, positions), known_targets(data, positions)))
     if not np.isfinite(loss):
         raise InputError(
             "no curvature",
@@ -91,10 +100,10 @@ def measure(
         "torch": torch.__version__,
         "command": _command(run.folder, asked),
         "table": run.config.get("table", ""),
-        "target": run.schema.target,
+        "target": ", ".join(target.name for target in run.schema.targets),
         "optimizer": run.config["optimizer"],
         "lr": run.config.get("lr"),
-        "loss": LOSS_NAMES[run.schema.task],
+        "loss": " + ".join(LOSS_NAMES[target.task] for target in run.schema.targets),
         "loss_value": loss,
         "part": part,
         "rows": len(data),
@@ -144,17 +153,12 @@ def _rows(
     if table is None:
         table = _recorded_table(run)
         data_root = settings["data_root"] if data_root is None else data_root
-    source = read_table(table, delimiter=settings["delimiter"])
+    streamed = run.config.get("streamed", False)
+    source: Any = (open_source if streamed else read_table)(table, delimiter=settings["delimiter"])
     root = Path(data_root) if data_root else source.folder or Path.cwd()
-    schema, parts = make_schema(
-        source,
-        run.schema.target,
-        overrides=settings["columns"],
-        split_column=settings["split_column"],
-        root=root,
-        seed=settings["seed"],
-    )
-    changed = run.unlike(schema, len(source))
+    names = [target.name for target in run.schema.targets]
+    find = _parts_of_stream if streamed else _parts_of_table
+    parts, changed = find(run, source, names, settings, root)
     if changed:
         raise InputError(
             "another table",
@@ -168,16 +172,44 @@ def _rows(
             "no rows left", source.name, f"No row is in the {part} part.", "Choose another --split.", value=part
         )
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(parts[part]), generator=generator)[:rows].sort().values.numpy()
+    chosen = parts[part][torch.randperm(len(parts[part]), generator=generator)[:rows].sort().values.numpy()]
     with screen.decoding("reading files") as progress:
         data = encode(
             run.schema,
-            _with_targets_of(source, schema.target, parts[part][chosen]),
+            source.gather(chosen) if streamed else _with_targets_of(source, names, chosen),
             root=root,
             skip_bad_rows=settings["skip_bad_rows"],
             progress=progress,
         )
     return data, part, len(parts[part])
+
+
+def _parts_of_table(
+    run: Run, source: Table, names: list[str], settings: Mapping[str, Any], root: Path
+) -> tuple[Parts, str]:
+    """Which rows were for what, and in what the table is not the run's."""
+    schema, parts = make_schema(
+        source,
+        names,
+        overrides=settings["columns"],
+        encoders=settings["encoders"],
+        trainable=settings["trainable"],
+        split_column=settings["split_column"],
+        class_weights=settings["class_weights"],
+        root=root,
+        seed=settings["seed"],
+    )
+    return parts, run.unlike(schema, len(source))
+
+
+def _parts_of_stream(
+    run: Run, source: Source, names: list[str], settings: Mapping[str, Any], _: Path
+) -> tuple[Parts, str]:
+    """The same for a table that was streamed, of which the number of rows is compared and nothing else."""
+    if run.config["rows"] != len(source):
+        return {}, f"it had {run.config['rows']} rows and has {len(source)}"
+    division = divide(source, names, settings["split_column"], settings["seed"])
+    return {name: division.rows(code) for name, code in (("train", TRAIN), ("valid", VALID), ("test", TEST))}, ""
 
 
 def _recorded_table(run: Run) -> str:
@@ -190,7 +222,7 @@ def _recorded_table(run: Run) -> str:
             "Give it again: run.spectrum(table=...), or --table with a file of the same rows.",
         )
     path = shlex.split(run.config["command"])[2]
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise InputError(
             "missing table",
             path,
@@ -200,13 +232,16 @@ def _recorded_table(run: Run) -> str:
     return path
 
 
-def _with_targets_of(source: Table, target: str, rows: NDArray[np.int64]) -> Table:
-    """The table with the target of these rows alone: all others are left out, and messages still number rows right."""
+def _with_targets_of(source: Table, targets: list[str], rows: NDArray[np.int64]) -> Table:
+    """The table with the targets of these rows alone: all others are left out, and messages still number rows right."""
     wanted = np.zeros(len(source), bool)
     wanted[rows] = True
-    values = source.column(target)
-    values = pc.if_else(pa.array(wanted), values, pa.scalar(None, values.type))
-    return replace(source, data=source.data.set_column(source.names.index(target), target, values))
+    data = source.data
+    for name in targets:
+        values = source.column(name)
+        values = pc.if_else(pa.array(wanted), values, pa.scalar(None, values.type))
+        data = data.set_column(source.names.index(name), name, values)
+    return replace(source, data=data)
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------
@@ -245,7 +280,7 @@ def _curvature(
     schema: Schema, model: FusedModel, batches: list[tuple[Any, Any]], k: int, seed: int, screen: Screen
 ) -> dict[str, Any]:
     """Gauss-Newton matrix, Hessian and blocks of the loss on all batches together."""
-    loss_fn = LOSSES[schema.task]
+    loss_fn = loss_of(schema)
     batch = batches[0] if len(batches) == 1 else batches
     # Forward mode takes three quarters of the time of double backward through convolutions; modes are named so that no
     # number depends on the clock.
@@ -278,16 +313,17 @@ def _whole(meter: _Meter, what: str, A: LinearOperator, k: int, seed: int) -> di
 
 def _blocks(schema: Schema, model: FusedModel) -> list[dict[str, Any]]:
     """One for each modality, and one for what is not an encoder; with the names of its parameters as a pattern."""
+    inside = "encoders" if plain(model) is model else "model.encoders"
     encoders = [
         {
             "key": key,
             "name": modality_name(schema, key),
             "kind": settings["kind"],
-            "pattern": f"encoders.{key}.*",
+            "pattern": f"{inside}.{key}.*",
         }
         for key, settings in schema.model_settings().items()
     ]
-    rest = [name for name, _ in model.named_parameters() if not name.startswith("encoders.")]
+    rest = [name for name, _ in model.named_parameters() if not name.startswith(f"{inside}.")]
     return [*encoders, {"key": "head", "name": "fusion and head", "kind": "head", "pattern": rest}]
 
 

@@ -56,6 +56,14 @@ class Team:
         if self.size > 1:
             dist.barrier(self.group)
 
+    def agreed(self, thing: Any) -> Any:
+        """What the first process has, in all of them."""
+        if self.size == 1:
+            return thing
+        things = [thing]
+        dist.broadcast_object_list(things, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return things[0]
+
     def replica(self, model: nn.Module) -> nn.Module:
         """The model, with the weights of the first process and gradients that are averaged over all."""
         return DistributedDataParallel(model, process_group=self.group) if self.size > 1 else model

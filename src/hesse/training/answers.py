@@ -1,0 +1,117 @@
+"""Outputs of a model as columns of a table that people read: classes, labels, numbers, and how sure they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from hesse.finding import InputError
+from hesse.multimodal import Schema
+from hesse.multimodal.target import Target
+from hesse.training.calibration import probabilities, temperature_of
+
+__all__ = ["answer", "flat", "has_bars", "refuse_threshold"]
+
+MOST_PROBABILITIES = 20  # columns of a target
+JOINED = "|"  # between the labels of a cell
+
+
+def answer(
+    schema: Schema, outputs: Tensor, calibration: dict[str, Any], threshold: float | str | None = None
+) -> pa.Table:
+    """Predictions as columns.
+
+    Args:
+        outputs: [n, outputs] of the model.
+        calibration: the record ``calibration.json``; empty if there is none.
+        threshold: from which probability on a row is of the second of two classes, or has a label: a number, or "best"
+            for that with the best F1 on the rows that validated. By default the likelier of two classes is predicted,
+            and labels by their best thresholds.
+
+    Returns:
+        n rows: the prediction under the target's name. For classes also ``confidence``, the probability of the
+        predicted one, and, up to 20 classes or labels, ``probability of CLASS`` each; where there are several targets,
+        the target's name comes first. Labels are a list in each cell.
+
+    Example:
+        >>> schema = Schema((), (Target("species", "classification", ("cat", "dog")),))
+        >>> answer(schema, torch.tensor([[2.0, 0.0]]), {}).to_pylist()
+        [{'species': 'cat', 'confidence': 0.88..., 'probability of cat': 0.88..., 'probability of dog': 0.11...}]
+    """
+    columns: dict[str, Any] = {target.name: None for target in schema.targets}
+
+    def put(target: Target, what: str, values: Tensor) -> None:
+        name = what if len(schema.targets) == 1 else f"{target.name} {what}"
+        while name in columns:
+            name += "_"
+        columns[name] = pa.array(values.numpy())
+
+    for target, own in zip(schema.targets, schema.slices, strict=True):
+        out = outputs[:, own]
+        if target.task == "regression":
+            columns[target.name] = pa.array((target.mean + target.scale * out[:, 0].double()).numpy())
+            continue
+        p = probabilities(target.task, out, temperature_of(calibration, target))
+        fitted = calibration.get(target.name, {}).get("threshold")
+        cut: Any = fitted if threshold in (None, "best") else threshold
+        if target.task == "multilabel":
+            columns[target.name] = _labels(target, p, cut)
+        else:
+            sure, place = p.max(1)
+            if threshold is not None and target.width == 2 and cut is not None:
+                place = (p[:, 1] >= cut).long()
+                sure = p.gather(1, place[:, None])[:, 0]
+            columns[target.name] = pa.array(target.classes, pa.string()).take(pa.array(place.numpy()))
+            put(target, "confidence", sure)
+        if target.width <= MOST_PROBABILITIES:
+            for i, name in enumerate(target.classes):
+                put(target, f"probability of {name}", p[:, i])
+    return pa.table(columns)
+
+
+def refuse_threshold(schema: Schema, threshold: float | str | None) -> None:
+    """Raise InputError for a threshold that is no probability, or that no target takes."""
+    if threshold is None:
+        return
+    if not (threshold == "best" or (isinstance(threshold, int | float) and 0 <= threshold <= 1)):
+        message = f"It must be a probability from 0 to 1, or best; got {threshold}."
+        raise InputError("bad argument", "threshold", message, "Change it.", value=threshold)
+    if not any(t.task == "multilabel" or (t.task == "classification" and t.width == 2) for t in schema.targets):
+        raise InputError(
+            "no threshold",
+            "threshold",
+            "The run predicts neither one of two classes nor labels, so there is nothing to cut.",
+            "Leave the threshold away.",
+        )
+
+
+def flat(table: pa.Table, barred: bool = False) -> pa.Table:
+    """Lists of labels as texts, ``red|round``, for files whose cells hold no lists; JSON where labels have bars."""
+    columns = [column if not pa.types.is_list(column.type) else _joined(column, barred) for column in table.columns]
+    return pa.table(columns, names=table.column_names)
+
+
+def has_bars(schema: Schema) -> bool:
+    """Whether any label has a bar in it."""
+    return any(JOINED in name for target in schema.targets if target.task == "multilabel" for name in target.classes)
+
+
+def _joined(column: pa.ChunkedArray, barred: bool) -> pa.Array:
+    cells = column.to_pylist()
+    join: Callable[[list[str]], str] = partial(json.dumps, ensure_ascii=False) if barred else JOINED.join
+    return pa.array([None if cell is None else join(cell) for cell in cells], pa.string())
+
+
+def _labels(target: Target, p: Tensor, cut: float | dict[str, float] | None) -> pa.Array:
+    """list<string> [n]."""
+    cuts = cut if isinstance(cut, dict) else dict.fromkeys(target.classes, 0.5 if cut is None else cut)
+    has = p >= torch.tensor([cuts[name] for name in target.classes], dtype=p.dtype)
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), has.sum(1).cumsum(0)])
+    names = pa.array(target.classes, pa.string()).take(pa.array(has.nonzero()[:, 1].numpy()))
+    return pa.ListArray.from_arrays(pa.array(ends.int().numpy()), names)
