@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 from hesse.finding import Finding  # noqa: E402
-from hesse.report import build  # noqa: E402
+from hesse.report import build, build_tune  # noqa: E402
 from hesse.report.doctor import build_doctor  # noqa: E402
+from report_modalities import deepen, several_targets  # noqa: E402
 from report_page import diagnosis  # noqa: E402
+from report_tune import make_search  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -47,14 +49,25 @@ LONG = "<b onmouseover=alert(1)>" + "a very long name of a class that somebody e
 RUNS: dict[str, dict[str, Any]] = {
     "classification": {},
     "regression": {"task": "regression", "target": "price", "modalities": MODALITIES[:1], "compare": ()},
+    "deep": {"deepened": (deepen,), "epochs": 2},
+    "several targets": {"deepened": (deepen, several_targets), "epochs": 2},
     "hostile names": {
         "target": LONG,
         "classes": ("$x$", LONG, LONG + "2", "</script>", "var(--page)", "%{y}"),
         "modalities": (("image", LONG), ("text", "字" * 80)),
         "layers": tuple(f"{LONG}.{i}" for i in range(70)),
         "epochs": 2,
+        "deepened": (deepen,),
     },
 }
+
+
+def made(folder: Path, deepened: tuple[Callable[[Path], Any], ...] = (), **how: Any) -> Path:
+    """The page of such a run."""
+    make_run(folder, **how)
+    for deepening in deepened:
+        deepening(folder)
+    return build(folder)
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +117,12 @@ def wide(browser: Any) -> int:
         ("classification", 360, "dark"),
         ("regression", 1280, "dark"),
         ("hostile names", 360, "light"),
+        ("deep", 1280, "light"),
+        ("several targets", 360, "dark"),
     ],
 )
 def test_every_chart_is_drawn(browser: Any, tmp_path: Path, run: str, width: int, scheme: str) -> None:
-    figures = show(browser, build(make_run(tmp_path, **RUNS[run])), width, scheme)
+    figures = show(browser, made(tmp_path, **RUNS[run]), width, scheme)
     assert browser.get_log("browser") == []
     for name, figure in figures.items():
         for kind in {trace["type"] for trace in figure["data"]}:
@@ -219,3 +234,21 @@ def test_the_page_of_the_doctor_is_drawn(browser: Any, tmp_path: Path, width: in
     assert set(figures) == {"gradients", "layer", "losses"}
     assert count(browser, "gradients", ".scatterlayer .point") == 1
     assert browser.get_log("browser") == [] and wide(browser) <= width
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (360, "light")])
+def test_the_page_of_a_search_is_drawn(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    make_search(tmp_path, target=LONG)
+    figures = show(browser, build_tune(tmp_path), width, scheme)
+    for name, figure in figures.items():
+        assert count(browser, name, DRAWN["scatter"]) == len(figure["data"]), name
+    assert browser.get_log("browser") == [] and wide(browser) <= width
+
+
+def test_pictures_and_sounds_of_samples_can_be_seen_and_heard(browser: Any, tmp_path: Path) -> None:
+    show(browser, made(tmp_path, (deepen,), epochs=2), 1280, "light")
+    seen = "return [...document.images].map((image) => image.naturalWidth)"
+    assert browser.execute_script(seen) == [16] * 4
+    heard = "return [...document.querySelectorAll('audio')].map((player) => player.duration)"
+    WebDriverWait(browser, 20).until(lambda _: browser.execute_script(heard) == [0.5] * 4)
+    assert browser.get_log("browser") == []

@@ -17,6 +17,7 @@ go = pytest.importorskip("plotly.graph_objects", reason="the report needs hesse[
 from hesse.files import read_json, write_json  # noqa: E402
 from hesse.finding import Finding, InputError  # noqa: E402
 from hesse.report import build  # noqa: E402
+from report_modalities import deepen, several_targets  # noqa: E402
 from report_page import HOSTILE, Page  # noqa: E402
 
 CHARTS = {
@@ -141,9 +142,13 @@ def test_rejected_steps_are_marked_on_the_damping(page: Page) -> None:
     assert len(titles) == 4
 
 
-@pytest.mark.parametrize("task", ["classification", "regression"])
-def test_plotly_itself_accepts_every_figure(tmp_path: Path, task: str) -> None:
-    page = Page(build(make_run(tmp_path, task, epochs=3)))
+@pytest.mark.parametrize("what", ["classification", "regression", "deep"])
+def test_plotly_itself_accepts_every_figure(tmp_path: Path, what: str) -> None:
+    folder = make_run(tmp_path, "regression" if what == "regression" else "classification", epochs=3)
+    if what == "deep":
+        deepen(folder)
+        several_targets(folder)
+    page = Page(build(folder))
     for name, figure in page.figures.items():
         plain = json.loads(re.sub(r'"var\(--sans\)"', '"Arial"', json.dumps(figure)))
         plain = json.loads(re.sub(r'"var\(--[\w-]+\)"', '"#123456"', json.dumps(plain)))

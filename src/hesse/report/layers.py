@@ -52,13 +52,13 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 
 def group(name: str) -> str:
-    """The part of the network a layer belongs to.
+    """The part of the network a layer belongs to; with a cure around it the network is called "model".
 
     Example:
-        >>> group("encoders.image_photo.conv1"), group("head.0")
-        ('encoders.image_photo', 'head')
+        >>> group("encoders.image_photo.conv1"), group("model.encoders.image_photo.conv1"), group("head.0")
+        ('encoders.image_photo', 'encoders.image_photo', 'head')
     """
-    parts = name.split(".")
+    parts = name.removeprefix("model.").split(".")
     return ".".join(parts[: 2 if parts[0] == "encoders" and len(parts) > 2 else 1])
 
 
@@ -87,7 +87,7 @@ def gradients(rows: Sequence[Row], findings: Sequence[Finding] = ()) -> Chart | 
     found = marks(findings, names, called(every_row))
     extra = [WHOLE] if any(mark.row == WHOLE for mark in found) else []
     shown = labels([*extra, *names], 40)
-    brief = labels([*extra, *(name.removeprefix("encoders.") for name in names)], 18)
+    brief = labels([*extra, *(name.removeprefix("model.").removeprefix("encoders.") for name in names)], 18)
     label = dict(zip([*extra, *names], shown, strict=True))
     told = " Marked with findings: " + "; ".join(f"{m.row} at step {m.step}" for m in found) + "." if found else ""
     step = max(1, math.ceil((high - low) / 6))

@@ -1,13 +1,12 @@
 """The page as a whole: records in, one HTML file out.
 
 The page is a list of sections. Each has a sentence on how to read it, its charts, and a sentence that stands
-in their place when the run left no record of them. The template puts them in order; numbers and words come
-from here.
+in their place when the run left no record of them. A section with tables or pictures has a template of its own. The
+page's template puts them in order; numbers and words come from here and from the modules of the sections.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,12 @@ from typing import Any
 
 from hesse.files import write_text
 from hesse.finding import Finding
-from hesse.report import charts, layer_curves, layers
+from hesse.report import layer_curves, layers, learning, numbers
 from hesse.report.figure import Chart, percent
+from hesse.report.modalities import contribution
 from hesse.report.records import Records, read
+from hesse.report.samples import disagreements
+from hesse.report.targets import View, views
 
 try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -29,16 +31,34 @@ __all__ = ["build", "render"]
 
 GRAVITY = ("error", "warning", "info")  # findings in this order
 
+LEADS = {  # how to read what there is of a target
+    "classification": "A row is an actual class, a column a predicted one, a number the count of rows; colour is the "
+    "share of the actual class. What lies off the diagonal is a mistake. Recall is the share of a class that was "
+    "found, precision the share of its predictions that were right, F1 their harmonic mean.",
+    "classes": "There are too many classes for a picture of all: the tables hold the worst. Recall is the share of a "
+    "class that was found, precision the share of its predictions that were right, F1 their harmonic mean.",
+    "multilabel": "A row may have any number of labels, so each label is right or wrong by itself. Recall is the share "
+    "of the rows with a label that were given it, precision the share of those given it that have it, F1 their "
+    "harmonic mean. A label is given from its threshold up, which was chosen on the validation rows.",
+    "regression": "Each dot is a row; on the dashed diagonal the prediction is right, above it too high. The residuals "
+    "should be centred on zero; a long tail means that a few rows are far off.",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page made of charts: what it is called, how to read it, what to say when it is empty."""
+    """A part of the page: what it is called, how to read it, what to say when it is empty.
+
+    ``template`` shows ``content``, whose charts are among ``charts``; without one, a section is its charts.
+    """
 
     name: str
     title: str
     lead: str
     charts: list[Chart]
     absent: str
+    template: str = ""
+    content: Any = None
 
 
 def build(folder: Path) -> Path:
@@ -55,7 +75,7 @@ def build(folder: Path) -> Path:
     """
     run = read(Path(folder))
     path = Path(folder) / "report.html"
-    write_text(path, _render(run))
+    write_text(path, _render(run, Path(folder)))
     return path
 
 
@@ -70,7 +90,8 @@ def render(template: str, drawn: Sequence[Chart], **values: Any) -> str:
     )
     # Strict JSON in the order given; jinja's tojson escapes what could end the script element it stands in.
     page.policies["json.dumps_kwargs"] = {"allow_nan": False, "ensure_ascii": False, "separators": (",", ":")}
-    page.filters |= {"percent": percent, "duration": duration, "value": _value, "brief": _brief, "seen": _seen}
+    page.filters |= {"percent": percent, "score_name": numbers.score_name, "value": numbers.value}
+    page.filters |= {"duration": numbers.duration, "brief": numbers.brief, "seen": numbers.seen}
     figures = {chart.name: chart.figure for chart in drawn}
     return page.get_template(template).render(figures=figures, plotly=get_plotlyjs(), **values)
 
@@ -78,30 +99,31 @@ def render(template: str, drawn: Sequence[Chart], **values: Any) -> str:
 # ---------------------------------------------------------------------------------------------------- content
 
 
-def _render(run: Records) -> str:
-    sections = list(_sections(run))
+def _render(run: Records, folder: Path) -> str:
+    sections = list(_sections(run, folder))
     return render(
         "page.html.j2",
         [chart for section in sections for chart in section.charts],
         run=run,
         config=run.config,
         headline=_headline(run),
-        what="accuracy" if run.score == "accuracy" else "R²",
+        what=numbers.score_name(run.score),
+        part=run.evaluation.get("part", "test"),
+        lead_of=_lead,
         findings=sorted((Finding(**f) for f in run.findings), key=lambda f: GRAVITY.index(f.severity)),
         sections=sections,
         runs=[_summary(each) for each in (run, *run.beside)],
-        classes=_classes(run),
-        confused=_confused(run),
+        fallback=next((each.content.fallback for each in sections if each.name == "modalities"), ""),
         columns=run.columns.get("columns", []),
     )
 
 
-def _sections(run: Records) -> Iterator[Section]:
-    curves = [charts.Curve(each.label, each.metrics) for each in (run, *run.beside)]
+def _sections(run: Records, folder: Path) -> Iterator[Section]:
+    curves = [learning.Curve(each.label, each.metrics) for each in (run, *run.beside)]
     drawn = [
         draw
         for against in ("seconds", "epoch")
-        for draw in (charts.score(curves, run.score, against), charts.loss(curves, against))
+        for draw in (learning.score(curves, run.score, against), learning.loss(curves, against))
     ]
     yield Section(
         "curves",
@@ -113,8 +135,7 @@ def _sections(run: Records) -> Iterator[Section]:
         _drawn(*drawn),
         "No epoch was completed: metrics.jsonl is missing or empty.",
     )
-    yield _errors(run)
-    yield _modalities(run)
+    yield from _results(run, folder)
     findings = [Finding(**f) for f in run.findings]
     yield Section(
         "gradients",
@@ -148,62 +169,53 @@ def _sections(run: Records) -> Iterator[Section]:
     )
 
 
-def _errors(run: Records) -> Section:
-    record = run.evaluation
-    if run.config["task"] == "classification":
-        matrix = record.get("confusion")
-        return Section(
-            "errors",
-            "Where it errs",
-            "A row is an actual class, a column a predicted one, a number the count of test rows; colour is "
-            "the share of the actual class. What lies off the diagonal is a mistake. Recall is the share "
-            "of a class that was found, precision the share of its predictions that were right.",
-            [charts.confusion(run.config["classes"], matrix)] if matrix else [],
-            "The test rows were not evaluated: evaluation.json is missing or holds no confusion matrix.",
-        )
-    pairs = zip(record.get("actual") or (), record.get("predicted") or (), strict=True)
-    known = [pair for pair in pairs if None not in pair]
-    drawn = []
-    if known:
-        actual, predicted = zip(*known, strict=True)
-        drawn = [
-            charts.predictions(actual, predicted, run.config["target"]),
-            charts.residuals(actual, predicted),
-        ]
-    return Section(
+def _results(run: Records, folder: Path) -> Iterator[Section]:
+    shown = views(run)
+    regression = shown[0].task == "regression"
+    yield Section(
         "errors",
         "Where it errs",
-        "Each dot is a test row; on the dashed diagonal the prediction is right, above it too high. The "
-        "residuals should be centred on zero; a long tail means that a few rows are far off.",
-        drawn,
-        "The test rows were not evaluated: evaluation.json is missing or holds no predictions.",
+        "",
+        [chart for view in shown for chart in (*view.charts, view.reliability) if chart is not None],
+        "The test rows were not evaluated: evaluation.json is missing or holds no "
+        + ("predictions." if regression else "confusion matrix."),
+        "targets.html.j2",
+        shown,
     )
-
-
-def _modalities(run: Records) -> Section:
-    seen = run.evaluation.get("modalities") or {}
-    rows = [
-        (
-            modality["name"] + (f" ({modality['kind']})" if modality["kind"] != modality["name"] else ""),
-            seen[modality["key"]].get("alone"),
-            seen[modality["key"]].get("without"),
-        )
-        for modality in run.config["modalities"]
-        if modality["key"] in seen
-    ]
-    value = run.evaluation.get("value")
-    drawn = []
-    if rows and value is not None:
-        drawn = [charts.modalities(rows, run.score, value, run.evaluation.get("baseline"))]
-    return Section(
+    brings = contribution(run)
+    yield Section(
         "modalities",
         "What each modality brings",
-        "The same model, with parts of its input hidden: a modality alone, and all others without it. One "
-        "that carries information stands high alone; one that nothing else can replace leaves a gap to the "
-        "dashed line when it is missing. The model was not trained again for these numbers.",
-        drawn,
+        "The same model, with parts of its input hidden. A modality that carries information stands high alone; one "
+        "that nothing else can replace leaves a gap when it is missing. What it adds, averaged over all orders of "
+        "adding modalities, shares the score out among them. The model was not trained again for these numbers.",
+        [*brings.charts, *([brings.classes] if brings.classes else [])],
         "No modality was masked: evaluation.json is missing or holds no such scores.",
+        "modalities.html.j2",
+        brings,
     )
+    rows = disagreements(run, folder)
+    if rows:
+        yield Section(
+            "disagreements",
+            "Where the modalities disagree",
+            "The rows on which the modalities, each by itself, say the most different things of "
+            f"{run.targets[0]['name']}, and what they were looking at. A modality that is wrong and sure here is one "
+            "to listen to less; a label that all of them contradict may be wrong in the table. The pull of a modality "
+            f"is what it adds to the {'joint answer' if regression else 'log-probability of the joint answer'}, "
+            "averaged over all orders of adding. Rows are counted from 1, below the header.",
+            [],
+            "",
+            "samples.html.j2",
+            rows,
+        )
+
+
+def _lead(view: View) -> str:
+    """How to read what there is of a target."""
+    if view.task == "classification" and not any(chart.name.startswith("confusion") for chart in view.charts):
+        return LEADS["classes"]
+    return LEADS[view.task]
 
 
 def _drawn(*drawn: Chart | None) -> list[Chart]:
@@ -214,7 +226,7 @@ def _headline(run: Records) -> dict[str, Any]:
     """The score in large: on the test rows, or the best validation score where there was no test."""
     if run.evaluation.get("value") is not None:
         value, n = run.evaluation["value"], run.evaluation.get("n")
-        interval = wilson(value, n) if run.score == "accuracy" and n else None
+        interval = numbers.wilson(value, n) if run.score == "accuracy" and n else None
         return {
             "value": value,
             "rows": f"{n:,} {run.evaluation.get('part', 'test')} rows" if n else "the test rows",
@@ -238,79 +250,5 @@ def _summary(run: Records) -> dict[str, Any]:
         "best": _best(run.metrics),
         "epochs": last.get("epoch"),
         "seconds": last.get("seconds"),
+        "waited": (last.get("waited") or 0.0) / last["seconds"] if last.get("seconds") else 0.0,
     }
-
-
-def _classes(run: Records) -> list[dict[str, Any]]:
-    """Recall and precision of every class, None where nothing was to be found or nothing was predicted."""
-    matrix = run.evaluation.get("confusion") or []
-    predicted = [sum(column) for column in zip(*matrix, strict=True)]
-    return [
-        {
-            "name": name,
-            "rows": sum(row),
-            "recall": row[i] / sum(row) if sum(row) else None,
-            "precision": row[i] / predicted[i] if predicted[i] else None,
-        }
-        for i, (name, row) in enumerate(zip(run.config["classes"] if matrix else [], matrix, strict=True))
-    ]
-
-
-def _confused(run: Records, most: int = 3) -> list[tuple[str, str, int]]:
-    """The commonest mistakes: actual class, predicted class, count; single rows are no pattern."""
-    classes = run.config["classes"]
-    mistakes = [
-        (classes[i], classes[j], count)
-        for i, row in enumerate(run.evaluation.get("confusion") or [])
-        for j, count in enumerate(row)
-        if i != j and count > 1
-    ]
-    return sorted(mistakes, key=lambda mistake: -mistake[2])[:most]
-
-
-# ---------------------------------------------------------------------------------------------------- numbers
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share counted on ``n`` rows (Wilson 1927), sound for small ``n`` too.
-
-    Example:
-        >>> low, high = wilson(0.9, 100)
-        >>> round(low, 3), round(high, 3)
-        (0.826, 0.945)
-    """
-    z = 1.959964  # the normal quantile that leaves 2.5 % above it
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as one reads them.
-
-    Example:
-        >>> duration(7.25), duration(24), duration(95), duration(7500)
-        ('7.2 s', '24 s', '1 min 35 s', '2 h 5 min')
-    """
-    if round(seconds) < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _value(value: float | None, score: str = "") -> str:
-    """A number for a table: a share, a coefficient, a loss, or a dash."""
-    if value is None:
-        return "–"
-    return percent(value) if score == "accuracy" else f"{value:.3f}"
-
-
-def _seen(value: float | int | str) -> str:
-    """What a finding has seen, or held it against."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _brief(text: object, width: int = 80) -> str:
-    """A name or an example, cut where it would fill the page."""
-    whole = str(text)
-    return whole if len(whole) <= width else whole[: width - 1] + "…"

@@ -7,7 +7,7 @@ page that silently left something out would be wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from hesse.files import read_json, read_lines
 from hesse.finding import InputError
 
-__all__ = ["Records", "optimizer_label", "read", "read_spectrum"]
+__all__ = ["OPTIMIZERS", "Records", "optimizer_label", "read", "read_spectrum", "read_tune"]
 
 REQUIRED = ("hesse", "target", "task", "classes", "optimizer", "modalities", "split", "command")
 # What the page can do without in a config.
@@ -28,6 +28,7 @@ OPTIONAL: dict[str, Any] = {
     "parameters": None,
     "python_call": "",
 }
+TUNE = ("target", "optimizer", "objective", "sampler", "asked", "budget", "space", "trials", "command")
 SPECTRUM = ("target", "optimizer", "lr", "parameters", "gauss_newton", "hessian", "blocks")
 REMEDY = "Give the folder that `hesse train` has written (--out)."
 OPTIMIZERS = {
@@ -63,9 +64,19 @@ class Records:
         return optimizer_label(self.config)
 
     @property
+    def targets(self) -> list[dict[str, Any]]:
+        """Name, task and classes of what is predicted; runs of version 0.1.0 have one target, named in three places."""
+        alone = {"name": self.config["target"], "task": self.config["task"], "classes": self.config["classes"]}
+        return self.config.get("targets") or [alone]
+
+    @property
     def score(self) -> str:
-        """``"accuracy"`` or ``"r2"``."""
-        return "accuracy" if self.config["task"] == "classification" else "r2"
+        """``"accuracy"``, ``"r2"`` or another; ``"mean score"`` where there are several targets."""
+        if self.evaluation.get("score"):
+            return str(self.evaluation["score"])
+        if len(self.config.get("targets") or ()) > 1:
+            return "mean score"
+        return "r2" if self.config["task"] == "regression" else "accuracy"
 
 
 def optimizer_label(config: Mapping[str, Any]) -> str:
@@ -100,11 +111,24 @@ def read_spectrum(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is damaged.
     """
-    path = folder / "spectrum.json"
+    return _single(folder / "spectrum.json", "spectrum", SPECTRUM, "Make it with hesse spectrum RUN.")
+
+
+def read_tune(folder: Path) -> dict[str, Any]:
+    """Read the record of ``hesse tune``.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    record = _single(folder / "tune.json", "search", TUNE, "Give the folder that hesse tune has written (--out).")
+    return {"seconds": None} | record
+
+
+def _single(path: Path, what: str, keys: Sequence[str], remedy: str) -> dict[str, Any]:
     record = _json(path, {})
     if not record:
-        raise InputError("no spectrum", str(path), "There is no such record.", "Make it with hesse spectrum RUN.")
-    absent = [key for key in SPECTRUM if key not in record]
+        raise InputError(f"no {what}", str(path), "There is no such record.", remedy)
+    absent = [key for key in keys if key not in record]
     if absent:
         raise _damaged(path, f"it lacks {', '.join(absent)}")
     return record
@@ -148,5 +172,6 @@ def _lines(path: Path) -> list[Any]:
 
 def _damaged(path: Path, what: str) -> InputError:
     remedies = {"config.json": REMEDY, "spectrum.json": "Make it anew with hesse spectrum RUN."}
+    remedies["tune.json"] = "Go on with the search: hesse tune writes the file anew after every trial."
     remedy = remedies.get(path.name, "Delete the file to build the page without it.")
     return InputError("damaged record", str(path), f"It cannot be read: {what}.", remedy)
