@@ -34,7 +34,7 @@ lint: $(STAMP)  ## style, and the layering of the house
 types: $(STAMP)  ## static types
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## print the benchmark tables (about five minutes)
+bench: $(STAMP)  ## print the benchmark tables (about three minutes)
 	$(BIN)/python -m benchmarks
 
 docs: $(STAMP)  ## build the reference from the docstrings into build/docs

@@ -1,7 +1,7 @@
 """``python -m benchmarks [NAME ...]``: run benchmarks and print their tables in Markdown.
 
-``python -m benchmarks training``, ``minimize`` and ``faults`` have options of their own and take long, ``watch`` takes
-long: they run only by name.
+``python -m benchmarks training``, ``minimize``, ``faults`` and ``multimodal`` have options of their own and take long,
+``watch`` and ``streaming`` take long: they run only by name.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import sys
 
 import torch
 
-from benchmarks import curvature, fusion, startup, step_cost, watch
+from benchmarks import curvature, startup, step_cost, streaming, watch
 from benchmarks.faults import run as faults
 from benchmarks.minimize import run as minimize
+from benchmarks.multimodal import run as multimodal
 from benchmarks.training import run as training
 
-BENCHMARKS = {"startup": startup.main, "step_cost": step_cost.main, "curvature": curvature.main, "fusion": fusion.main}
-LONG = {"watch": watch.main}
-OWN = {"training": training.main, "minimize": minimize.main, "faults": faults.main}
+BENCHMARKS = {"startup": startup.main, "step_cost": step_cost.main, "curvature": curvature.main}
+LONG = {"watch": watch.main, "streaming": streaming.main}
+OWN = {"training": training.main, "minimize": minimize.main, "faults": faults.main, "multimodal": multimodal.main}
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ PAGES = sorted(
     [
         *DOCS.glob("optimizers/*.md"),
         *(DOCS / f"{name}.md" for name in ("check", "choose", "damping", "minimize", "newton", "step", "watch")),
+        *(DOCS / f"{name}.md" for name in ("encoders", "export", "fusion", "multimodal", "sklearn", "tune")),
     ]
 )
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

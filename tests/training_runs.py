@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from hesse.files import read_json, read_lines
-from hesse.training import course
+from hesse.training import loop
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], object]) -> None:
     """Do something during the ``number``-th call of ``take_step`` from now on."""
-    calls, take_step = [0], course.take_step
+    calls, take_step = [0], loop.take_step
 
     def step(*args: Any) -> float:
         calls[0] += 1
@@ -25,7 +25,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], obje
             act()
         return take_step(*args)
 
-    monkeypatch.setattr(course, "take_step", step)
+    monkeypatch.setattr(loop, "take_step", step)
 
 
 def ctrl_c() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +15,18 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from hesse import training
 from hesse.cli import app as cli
+from hesse.cli.train import train as train_command
 from hesse.files import read_json, read_lines
+from hesse.multimodal.balance import CURES
+from hesse.multimodal.columns import KINDS
+from hesse.multimodal.fusion import FUSIONS
+from hesse.training import call
+from hesse.training.optimizers import OPTIMIZERS
 from training_tables import CLASSES, TARGET, numbers_csv, pets, write_csv
 
 HESSE = [sys.executable, "-c", "from hesse.cli import main; main()"]
@@ -277,6 +287,35 @@ def test_ctrl_c_saves_and_the_command_it_names_goes_on(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == epochs + 2
+
+
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_help_tells_every_name_and_what_is_done_by_default(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = hesse(monkeypatch, command, "--help")[1].translate(dict.fromkeys(map(ord, "│\n"), " "))
+    words = set(text.replace(",", " ").replace(";", " ").replace(":", " ").replace(".", " ").split())
+    for names in (KINDS, ("ignore", "labels"), FUSIONS, CURES, set(OPTIMIZERS) - {command == "tune" and "kfac"}):
+        assert set(names) <= words
+    for default in ("runs/TABLE-TARGET", "at most 40", "80/10/10 by class", "the table's"):
+        assert default in " ".join(text.split())
+
+
+def test_no_help_has_square_brackets_of_its_own() -> None:
+    """They would be taken for markup, and not be shown."""
+    for command in typer.main.get_command(cli.app).commands.values():  # type: ignore[attr-defined]
+        texts = [command.help, *(getattr(option, "help", "") for option in command.params)]
+        assert not any("[" in (text or "") for text in texts), command.name
+
+
+def test_the_command_the_function_and_the_record_have_the_same_arguments_in_the_same_order() -> None:
+    words = [*inspect.signature(train_command).parameters]
+    names = [*inspect.signature(training.train).parameters]
+    several = {"column": "columns", "encoder": "encoders"}
+    assert [several.get(word, word) for word in words if word not in ("as_json", "quiet")] == [
+        name for name in names if name not in ("notes", "verbose", "on_epoch")
+    ]
+    assert [name for name in names if name in call.DEFAULTS] == list(call.DEFAULTS)
+    described = re.findall(r"^ {8}(\w+): ", training.train.__doc__ or "", re.MULTILINE)
+    assert [name for name in described if name in names] == names
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -30,6 +30,11 @@ def test_a_search_from_the_command_line_and_its_going_on(tmp_path: Path) -> None
     words = [table, "--target", "species", "--out", out, "--epochs", 1, "--sampler", "random", "--optimizer", "sgd"]
     code, line, err = tune(*words, "--trials", 2, "--json")
     result = json.loads(line)
+    page = (out / "tune.html").read_bytes()
+    (out / "tune.html").unlink()
+    again = CliRunner().invoke(cli.app, ["report", str(out), "--json"])
+    assert json.loads(again.stdout) == {"ok": True, "report": str(out / "tune.html")}
+    assert (out / "tune.html").read_bytes() == page
     assert code == 0 and result["ok"] and [trial["number"] for trial in result["trials"]] == [0, 1]
     assert (
         err.startswith("trial   0  ") and "kfac, no search: valid loss" in err and f"page: {out / 'tune.html'}" in err
@@ -82,6 +87,9 @@ def test_every_option_reaches_the_search(tmp_path: Path, monkeypatch: pytest.Mon
     assert got == expected
     assert set(inspect.signature(search.tune).parameters) - {"options"} <= set(expected)
     assert set(expected) - set(inspect.signature(search.tune).parameters) <= set(call.DEFAULTS)
+    assert tune("t.csv", "--target", "a")[0] == 0
+    shared = {"fusion", "balance", "skip_bad_rows"}  # with hesse train: what is not said is the same
+    assert {name: got[name] for name in shared} == {name: call.DEFAULTS[name] for name in shared}
 
 
 def test_help_states_the_space() -> None:

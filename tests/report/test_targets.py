@@ -84,8 +84,13 @@ def test_calibration_is_drawn_before_and_after(page: Page) -> None:
 
 @pytest.mark.parametrize(
     ("temperature", "says"),
-    [(1.6, "too sure of itself"), (0.7, "less sure than it could be"), (1.0, "as sure as it should be")],
-    ids=["sharp", "soft", "honest"],
+    [
+        (1.6, "too sure of itself"),
+        (0.7, "less sure than it could be"),
+        (1.01, "as sure as it should be"),
+        (1.0, "answers are pooled"),
+    ],
+    ids=["sharp", "soft", "honest", "pooled"],
 )
 def test_a_temperature_is_put_into_words(tmp_path: Path, temperature: float, says: str) -> None:
     folder = make_run(tmp_path, epochs=2, compare=())

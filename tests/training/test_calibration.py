@@ -100,4 +100,7 @@ def test_the_record_has_what_each_target_needs() -> None:
     assert record["l"]["threshold"].keys() == {"x", "y"}
     p = probabilities("classification", out[50:, 1:3], record["c"]["temperature"])
     assert log_loss(classes[50:], p) < log_loss(classes[50:], probabilities("classification", out[50:, 1:3], 1.0))
+    fitted = calibrate(schema, out, (values, classes, labels), fitted=True)
+    assert fitted["c"]["temperature"] == fitted["l"]["temperature"] == 1
+    assert fitted["l"]["threshold"]["x"] == best_threshold(out[:100, 3].double().sigmoid(), labels[:100, 0] > 0)
     assert calibrate(Schema((), (CLASSES,)), torch.full((3, 2), float("nan")), torch.tensor([0, 1, 1])) == {}

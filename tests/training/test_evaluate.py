@@ -16,7 +16,7 @@ from hesse.multimodal import Dataset, Schema
 from hesse.multimodal.columns import Column
 from hesse.multimodal.target import Target
 from hesse.training.answers import answer
-from hesse.training.calibration import calibrate, probabilities
+from hesse.training.calibration import calibrate, probabilities, reliability
 from hesse.training.evaluate import evaluate, mean_score, outputs, score, score_name
 from hesse.training.losses import loss_of
 from hesse.training.metrics import report
@@ -119,7 +119,10 @@ def test_metrics_of_two_classes() -> None:
     assert record["by_class"]["yes"]["n"] == (y == 1).sum()
     assert record["calibration"]["log_loss"] == pytest.approx(record["metrics"]["log_loss"])
     assert record["calibration"]["log_loss_before"] == pytest.approx(float(nn.functional.cross_entropy(out, actual)))
-    assert sum(each["n"] for each in record["calibration"]["bins"]) == N
+    before, after = (reliability(q.max(1).values, q.argmax(1) == actual)[1] for q in (out.softmax(1), torch.tensor(p)))
+    assert record["calibration"]["bins_before"] == [pytest.approx(each, abs=1e-6) for each in before]
+    assert record["calibration"]["bins"] == [pytest.approx(each) for each in after]
+    assert before != after and sum(each["n"] for each in after) == N
 
 
 def test_metrics_of_many_classes_one_of_which_is_absent() -> None:
@@ -177,6 +180,19 @@ def test_metrics_of_a_quantity_are_in_its_own_units() -> None:
     )
     assert (record["actual"], record["predicted"]) == (pytest.approx(y), pytest.approx(guess))
     assert math.isnan(report(VALUE, out[:1], actual[:1], {})["metrics"]["r2"])
+
+
+def test_of_many_classes_the_commonest_mistakes_are_told() -> None:
+    many = Target("m", "classification", tuple(f"c{i}" for i in range(101)))
+    mistakes = {(i, 100 - i): 40 - i for i in range(30)}  # how many rows of class i are taken for class 100 - i
+    pairs = [pair for pair, count in mistakes.items() for _ in range(count)] + [(5, 5)] * 99
+    actual, predicted = torch.tensor(pairs)[torch.randperm(len(pairs), generator=torch.manual_seed(0))].T
+    record = report(many, nn.functional.one_hot(predicted, 101).float(), actual, {})
+    assert "confusion" not in record
+    assert record["confused"] == [[f"c{i}", f"c{100 - i}", 40 - i] for i in range(20)]
+    assert report(many, nn.functional.one_hot(actual, 101).float(), actual, {})["confused"] == []
+    few = Target("m", "classification", many.classes[:100])
+    assert "confused" not in report(few, nn.functional.one_hot(predicted[:5] % 100, 100).float(), actual[:5] % 100, {})
 
 
 def test_large_matrices_are_left_out_and_no_rows_have_no_metrics() -> None:

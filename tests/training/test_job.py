@@ -19,7 +19,7 @@ import torch
 import hesse
 from hesse import InputError
 from hesse.files import read_json, read_lines
-from hesse.training import call
+from hesse.training import call, loop
 from hesse.training.loop import MOST_STEPS_KEPT, _keep
 from training_tables import CLASSES, TARGET, numbers, numbers_csv, pets, write_csv
 
@@ -246,6 +246,7 @@ def test_an_old_run_is_kept_until_the_new_input_is_read(tmp_path: Path) -> None:
     table = numbers_csv(tmp_path / "data.csv")
     run = train(table, out=tmp_path / "run", compare=["sgd"])
     (run.folder / "notes of mine.txt").write_text("keep", encoding="utf-8")
+    (run.folder / "model.onnx").write_text("as hesse export leaves it: of the old model", encoding="utf-8")
     before = contents(run.folder)
     with pytest.raises(InputError, match="There is a run in this folder already"):
         train(table, out=tmp_path / "run")
@@ -258,7 +259,7 @@ def test_an_old_run_is_kept_until_the_new_input_is_read(tmp_path: Path) -> None:
     after = contents(run.folder)
     assert after["notes of mine.txt"] == b"keep"
     assert after["model.safetensors"] != before["model.safetensors"]
-    assert not (run.folder / "compare").exists()
+    assert not (run.folder / "compare").exists() and not (run.folder / "model.onnx").exists()
 
 
 def test_other_peoples_folders_are_left_alone(tmp_path: Path) -> None:
@@ -292,9 +293,7 @@ def test_a_run_that_diverges_says_so(tmp_path: Path, rate: float) -> None:
 def test_the_last_good_weights_survive_a_late_divergence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hesse.training import course
-
-    take_step = course.take_step
+    take_step = loop.take_step
 
     def step(plan: Any, state: Any, *batch: Any) -> float:
         if state.epoch == 2:
@@ -302,11 +301,32 @@ def test_the_last_good_weights_survive_a_late_divergence(
                 next(state.model.parameters()).fill_(math.nan)
         return take_step(plan, state, *batch)
 
-    monkeypatch.setattr(course, "take_step", step)
+    monkeypatch.setattr(loop, "take_step", step)
     run = train(pa.table(numbers()), out=tmp_path / "run", epochs=9, verbose=True)
     assert [row["valid_loss"] is None for row in read_lines(run.folder / "metrics.jsonl")] == [False, False, True]
     assert 0 <= run.evaluation["value"] <= 1
     assert "best epoch     2 of 3, then it diverged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["写真.png", "sound", "self", "weight (kg)", 'co"lour 🎂'])
+def test_one_modality_alone_is_a_table_too(name: str, tmp_path: Path) -> None:
+    """With what is done by default against modalities that starve, for which there must be two."""
+    table = pets(tmp_path / "zoo")
+    alone = pa.csv.read_csv(table).select([name, TARGET])
+    run = hesse.train(alone, TARGET, out=tmp_path / "run", data_root=table.parent, epochs=1, verbose=False)
+    assert (run.config["balance"], run.config["optimizer"], len(run.schema.modalities)) == ("pool", "kfac", 1)
+    assert math.isfinite(run.evaluation["loss"]) and 0 <= run.evaluation["value"] <= 1
+    again = hesse.Run(run.folder).predict(alone, data_root=table.parent)
+    assert again[TARGET].null_count == 0 and (run.folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("target", ["species", "age"])
+def test_numbers_alone_are_a_table_too(target: str, tmp_path: Path) -> None:
+    table = pa.table({name: column for name, column in numbers().items() if name in ("x", "y", target)})
+    run = hesse.train(table, target, out=tmp_path / "run", epochs=5, verbose=False)
+    assert run.config["balance"] == "pool" and [column.kind for column in run.schema.inputs] == ["number"] * 2
+    assert run.evaluation["value"] > 0.5
+    assert run.predict(table.drop([target]))[target].null_count == 0
 
 
 def test_a_limit_of_seconds_ends_within_an_epoch(tmp_path: Path) -> None:

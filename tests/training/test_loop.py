@@ -15,7 +15,7 @@ from torch import Tensor
 from hesse.multimodal import FusedModel, encode, make_schema, read_table
 from hesse.training.evaluate import evaluate, outputs, score
 from hesse.training.feed import deal
-from hesse.training.loop import Plan, batches, finished, judge, start, take_step
+from hesse.training.loop import Plan, epochs, start
 from hesse.training.optimizers import OPTIMIZERS, make_optimizer
 from training_tables import TARGET, numbers, pets
 
@@ -38,10 +38,8 @@ def test_the_loop_is_the_textbooks(name: str) -> None:
     plan = plan_of(pa.table(numbers()), "species")
     model = model_of(plan)
     state = start(model, make_optimizer(name, model))
-    while not finished(plan, state):
-        for batch in batches(plan, state):
-            take_step(plan, state, batch)
-        judge(plan, state)
+    losses: list[float] = []
+    assert list(epochs(plan, state, losses.append)) == state.metrics
 
     plain = model_of(plan)
     optimizer = OPTIMIZERS[name](plain)

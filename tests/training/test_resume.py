@@ -14,7 +14,7 @@ import torch
 import hesse
 from hesse import InputError
 from hesse.files import read_json, read_lines
-from hesse.training import course
+from hesse.training import course, loop
 from training_runs import at_step, ctrl_c, records
 from training_tables import numbers, numbers_csv
 
@@ -145,14 +145,14 @@ def test_a_comparison_can_be_asked_for_later(table: Path, tmp_path: Path) -> Non
 def test_both_optimizers_start_from_the_same_weights(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, take_step = [], course.take_step
+    seen, take_step = [], loop.take_step
 
     def step(plan: Any, state: Any, *batch: Any) -> float:
         if state.step == 0:
             seen.append([p.detach().clone() for p in state.model.parameters()])
         return take_step(plan, state, *batch)
 
-    monkeypatch.setattr(course, "take_step", step)
+    monkeypatch.setattr(loop, "take_step", step)
     train(table, tmp_path / "run", epochs=1, compare=["adamw"])
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
 

@@ -22,7 +22,7 @@ class Format(StrEnum):
 def export(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     format: Annotated[Format, typer.Option(help="Of the file.")] = Format.onnx,
-    out: Annotated[Path | None, typer.Option(help="The file.  [default: model.onnx in the run folder]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file.", show_default="model.onnx in the run folder")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Write a run's model, all that comes before and after the network inside, and check it against PyTorch."""

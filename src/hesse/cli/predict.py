@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hesse.cli import options
 from hesse.cli.exits import clean_exit, print_json
 
 __all__ = ["predict"]
@@ -19,12 +20,10 @@ def predict(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
     table: Annotated[Path, typer.Argument(help="CSV, TSV, JSON lines or Parquet: a file or a folder.")],
     out: Annotated[
-        Path | None, typer.Option(help="CSV, JSON lines (.jsonl) or Parquet file.  [default: CSV on stdout]")
+        Path | None, typer.Option(help="CSV, JSON lines (.jsonl) or Parquet file.", show_default="CSV on stdout")
     ] = None,
-    data_root: Annotated[
-        Path | None, typer.Option(help="Folder that paths in cells are in.  [default: the table's]")
-    ] = None,
-    delimiter: Annotated[str | None, typer.Option(help="Of a CSV file, when it cannot be told.")] = None,
+    data_root: options.DataRoot = None,
+    delimiter: options.Delimiter = None,
     threshold: Annotated[
         str | None,
         typer.Option(help="Probability from which on the second of two classes, or a label, is predicted; or best."),

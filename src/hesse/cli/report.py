@@ -1,4 +1,4 @@
-"""``hesse report``: rebuild a run's page and its model card from its records."""
+"""``hesse report``: rebuild a run's page and its model card from its records, or the page of a search."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ __all__ = ["report"]
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The run folder.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or of a search.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Rebuild the report page and the model card from a run's records and print the path of the page."""
+    """Rebuild the report page and the model card from a run's records and print the path of the page.
+
+    Of the folder that hesse tune has written, the page of the search.
+    """
     with clean_exit(as_json):
-        from hesse.report import build
+        from hesse.report import build, build_tune
         from hesse.training.card import build_card
 
-        page = build(run)
-        card = build_card(run)
-        if as_json:
-            print_json({"ok": True, "report": str(page), "card": str(card)})
+        if (run / "tune.json").exists():
+            made = {"report": str(build_tune(run))}
         else:
-            typer.echo(page)
+            made = {"report": str(build(run)), "card": str(build_card(run))}
+        if as_json:
+            print_json({"ok": True, **made})
+        else:
+            typer.echo(made["report"])

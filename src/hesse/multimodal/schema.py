@@ -23,7 +23,7 @@ from hesse.multimodal.fit import fit_column
 from hesse.multimodal.measured import MEASURED, width
 from hesse.multimodal.places import pair_places
 from hesse.multimodal.split import Parts, prescribed_split, stratified_split
-from hesse.multimodal.table import Table, close_names
+from hesse.multimodal.table import Table, close_names, unused
 from hesse.multimodal.target import Target, find_target, refuse_weights, strata_of
 
 __all__ = ["Schema", "make_schema"]
@@ -64,10 +64,7 @@ class Schema:
         result: dict[str, list[Column]] = {}
         for column in self.inputs:
             if column.kind not in TOGETHER:
-                slug = f"{column.kind}_{_slug(column.name)}"
-                while slug in result:
-                    slug += "_"
-                result[slug] = [column]
+                result[unused(f"{column.kind}_{_slug(column.name)}", result)] = [column]
         together = [column for column in self.inputs if column.kind in TOGETHER]
         return {**result, "columns": together} if together else result
 

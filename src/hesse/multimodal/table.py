@@ -12,7 +12,7 @@ import difflib
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ __all__ = [
     "damaged_parquet",
     "plain",
     "read_table",
+    "unused",
 ]
 
 MISSING = ("", "NA", "N/A", "n/a", "NaN", "nan", "null", "NULL", "Null", "<NA>")
@@ -163,6 +164,18 @@ def read_table(source: str | os.PathLike[str] | object, *, delimiter: str | None
         )
     columns = [plain(column) for column in data.columns]
     return Table(pa.table(columns, names=names).combine_chunks(), name, folder)
+
+
+def unused(name: str, names: Container[str]) -> str:
+    """``name``, with as many underscores as it takes to be none of ``names``.
+
+    Example:
+        >>> unused("split", ["split", "split_"])
+        'split__'
+    """
+    while name in names:
+        name += "_"
+    return name
 
 
 def close_names(name: str, names: Iterable[str]) -> str:

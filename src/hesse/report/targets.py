@@ -220,7 +220,9 @@ def _calibration(record: Mapping[str, Any]) -> dict[str, Any]:
     temperature = record.get("temperature")
     if temperature is None:
         return {}
-    if temperature > 1.02:
+    if temperature == 1:
+        said = "It is 1 where answers are pooled: the shares were fitted to these rows, and so is how sure they are."
+    elif temperature > 1.02:
         said = "The model was too sure of itself: a temperature above 1 takes its probabilities nearer to each other."
     elif temperature < 0.98:
         said = "The model was less sure than it could be: a temperature below 1 takes its probabilities further apart."

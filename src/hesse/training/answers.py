@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hesse.finding import InputError
 from hesse.multimodal import Schema
+from hesse.multimodal.table import unused
 from hesse.multimodal.target import Target
 from hesse.training.calibration import probabilities, temperature_of
 
@@ -48,9 +49,7 @@ def answer(
 
     def put(target: Target, what: str, values: Tensor) -> None:
         name = what if len(schema.targets) == 1 else f"{target.name} {what}"
-        while name in columns:
-            name += "_"
-        columns[name] = pa.array(values.numpy())
+        columns[unused(name, columns)] = pa.array(values.numpy())
 
     for target, own in zip(schema.targets, schema.slices, strict=True):
         out = outputs[:, own]

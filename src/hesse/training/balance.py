@@ -17,7 +17,7 @@ from hesse.multimodal.balance.cure import Batch
 from hesse.training.evaluate import ROWS
 from hesse.training.losses import loss_of
 
-__all__ = ["before_epoch", "fallen_back", "fit_answer"]
+__all__ = ["before_epoch", "fallen_back", "fit_answer", "is_fitted"]
 
 MOST_ROWS = 2048  # of a part that are looked at before an epoch
 MOST_FITTED = 4096  # of the validation rows that decide the answer's few shares
@@ -36,6 +36,11 @@ def fit_answer(schema: Schema, model: nn.Module, data: Dataset, valid: Tensor) -
     if isinstance(model, Cure):
         fits = MOST_NUMBERS // (schema.outputs * (1 + len(model.modalities)))
         model.fit(loss_of(schema), _batches(data, _some(valid, max(ROWS, min(fits, MOST_FITTED)))))
+
+
+def is_fitted(model: nn.Module) -> bool:
+    """Whether the scale of the model's answers comes from validation rows."""
+    return isinstance(model, Pool)
 
 
 def fallen_back(model: nn.Module) -> Finding | None:

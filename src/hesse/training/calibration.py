@@ -34,12 +34,14 @@ MOST_NUMBERS = 4_000_000  # rows times classes that a temperature is fitted to
 FEWEST = 5  # rows of either side from which a threshold can be told
 
 
-def calibrate(schema: Schema, out: Tensor, targets: Any) -> dict[str, dict[str, Any]]:
+def calibrate(schema: Schema, out: Tensor, targets: Any, fitted: bool = False) -> dict[str, dict[str, Any]]:
     """The record ``calibration.json``, from the rows that validate.
 
     Args:
         out: outputs [n, outputs] of the trained model.
         targets: of these rows, as in ``Dataset.targets``.
+        fitted: the scale of the outputs was fitted to these rows already, as the shares of a pool are; a temperature
+            on top would be fitted to what is left of them, and temperatures stay 1.
 
     Returns:
         For each target with classes by name: ``temperature``; of two classes also the ``threshold`` of the second one's
@@ -49,7 +51,7 @@ def calibrate(schema: Schema, out: Tensor, targets: Any) -> dict[str, dict[str, 
     for target, own, actual in known(schema, out, targets):
         if target.task == "regression" or not len(own) or not bool(torch.isfinite(own).all()):
             continue
-        temperature = fit_temperature(target.task, own, actual)
+        temperature = 1.0 if fitted else fit_temperature(target.task, own, actual)
         record[target.name] = {"temperature": temperature}
         p = probabilities(target.task, own, temperature)
         if target.task == "multilabel":

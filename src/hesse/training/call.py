@@ -19,7 +19,7 @@ import hesse
 from hesse.finding import InputError
 from hesse.multimodal import Schema, Table
 
-__all__ = ["DEFAULTS", "default_folder", "extended", "given", "modality_name", "record", "repeated"]
+__all__ = ["DEFAULTS", "default_folder", "extended", "for_schema", "given", "modality_name", "record", "repeated"]
 
 DEFAULTS: dict[str, Any] = {
     "out": None,
@@ -102,6 +102,12 @@ def extended(config: Mapping[str, Any], now: Mapping[str, Any], folder: Path) ->
         before = {name: value for name, value in before.items() if name not in ("epochs", "seconds")}
     compare = list(dict.fromkeys([*before.get("compare", []), *now.get("compare", [])]))
     return before | dict(now) | ({"compare": compare} if compare else {})
+
+
+def for_schema(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that decide what a table's columns mean, as :func:`make_schema` takes them; where it is split besides."""
+    shared = ("encoders", "trainable", "class_weights", "seed")
+    return {"overrides": settings["columns"], **{name: settings[name] for name in shared}}
 
 
 def record(schema: Schema, source: Table) -> dict[str, Any]:

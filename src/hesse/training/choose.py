@@ -16,7 +16,7 @@ import torch
 from hesse.finding import InputError
 from hesse.multimodal.fusion import FUSIONS
 from hesse.training.build import build_model
-from hesse.training.loop import Plan, batches, diverged, finished, judge, out_of_time, start, take_step
+from hesse.training.loop import Plan, epochs, start
 from hesse.training.optimizers import make_optimizer
 from hesse.training.screen import Screen
 
@@ -76,10 +76,6 @@ def _try(plan: Plan, settings: Mapping[str, Any], fusion: str) -> float:
         replica = plan.team.replica(model)
         optimizer = make_optimizer(settings["optimizer"], replica, settings["lr"], settings["weight_decay"])
         state = start(model, optimizer, replica)
-        while not finished(plan, state):
-            for batch in batches(plan, state):
-                loss = take_step(plan, state, batch)
-                if out_of_time(plan, state) or (not math.isfinite(loss) and diverged(state)):
-                    break
-            judge(plan, state)
+        for _ in epochs(plan, state):
+            pass
     return state.best_loss

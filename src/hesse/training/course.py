@@ -6,12 +6,12 @@ a course of its own in a folder of its own. The three differ in nothing else.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,14 @@ from hesse.multimodal import FusedModel
 from hesse.objective import closure
 from hesse.objective.replicas import Replicas
 from hesse.training import checkpoint
-from hesse.training.balance import fallen_back
+from hesse.training.balance import fallen_back, is_fitted
 from hesse.training.build import build_model, plain
 from hesse.training.calibration import calibrate
 from hesse.training.classes import unseen_classes
 from hesse.training.evaluate import evaluate, known_targets, outputs
 from hesse.training.feed import Batch
 from hesse.training.leaks import constant_modalities, leaks
-from hesse.training.loop import (
-    Plan,
-    State,
-    batches,
-    diverged,
-    finished,
-    judge,
-    out_of_time,
-    start,
-    take_step,
-)
+from hesse.training.loop import Plan, State, batches, epochs, finished, start
 from hesse.training.losses import loss_of
 from hesse.training.optimizers import batch_size, make_optimizer
 from hesse.training.run import Run, write_model
@@ -110,16 +100,14 @@ def follow(course: Course, screen: Screen, interrupted: threading.Event, checked
         screen.say("nothing is left to train; more --epochs or --seconds would go on")
     saved = time.monotonic()
     with state.monitor, screen.training(plan, course.config["optimizer"]) as bar:
-        while not finished(plan, state):
-            for batch in _saving(course, state, batches(plan, state)):
-                loss = take_step(plan, state, batch)
-                bar.step(state, loss)
-                if not Replicas(state.replica).all(not interrupted.is_set()):  # any process
-                    _save(course, state)
-                    raise KeyboardInterrupt
-                if out_of_time(plan, state) or (not math.isfinite(loss) and diverged(state)):
-                    break
-            row = judge(plan, state)
+
+        def stepped(loss: float) -> None:
+            bar.step(state, loss)
+            if not Replicas(state.replica).all(not interrupted.is_set()):  # any process
+                _save(course, state)
+                raise KeyboardInterrupt
+
+        for row in epochs(plan, state, stepped, partial(_saving, course)):
             bar.epoch(row)
             _told(course, state, row)
             if time.monotonic() - saved >= SAVED:
@@ -130,7 +118,8 @@ def follow(course: Course, screen: Screen, interrupted: threading.Event, checked
         part = "test" if len(plan.positions["test"]) else "valid"
         # The model as it lies on disk is judged: it is what predicts.
         model, valid = Run(folder).model(), plan.positions["valid"]
-        calibration = calibrate(plan.schema, outputs(model, plan.data, valid), known_targets(plan.data, valid))
+        out, targets = outputs(model, plan.data, valid), known_targets(plan.data, valid)
+        calibration = calibrate(plan.schema, out, targets, is_fitted(model))
         write_json(folder / "calibration.json", calibration)
         record = evaluate(plan.schema, model, plan.data, plan.positions, part, calibration)
         if (finding := fallen_back(model)) is not None:
@@ -142,10 +131,10 @@ def follow(course: Course, screen: Screen, interrupted: threading.Event, checked
     return state
 
 
-def _saving(course: Course, state: State, feed: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches; if one of them cannot be read, the state is saved, to go on when that has been mended."""
+def _saving(course: Course, plan: Plan, state: State) -> Iterator[Batch]:
+    """The batches; if one of them cannot be read, the state is saved, to go on when that has been mended."""
     try:
-        yield from feed
+        yield from batches(plan, state)
     except InputError:
         _save(course, state)
         course.write("interrupted")

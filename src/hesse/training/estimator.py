@@ -19,10 +19,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from hesse.multimodal import Schema, Table, encode, read_table
+from hesse.multimodal.table import unused
 from hesse.training.build import build_model
 from hesse.training.calibration import probabilities, temperature_of
 from hesse.training.evaluate import outputs
-from hesse.training.memory import learn, unlike
+from hesse.training.memory import learn
 from hesse.training.screen import Screen
 
 try:
@@ -102,7 +103,7 @@ class _Multimodal(BaseEstimator):  # type: ignore[misc]
     def _train(self, X: Any, source: Table, y: NDArray[Any], kind: str) -> Self:
         """Train on the rows ``X``, read as ``source``, whose targets ``y`` are classes ("category") or values."""
         check_consistent_length(X, y)
-        target = unlike(source.names, "target")
+        target = unused("target", source.names)
         whole = Table(source.data.append_column(target, pa.array(y)), source.name, None)
         found = {} if _is_frame(X) else dict.fromkeys(source.names, "number")
         settings = {name: value for name, value in self.get_params(deep=False).items() if name not in OWN}
@@ -161,8 +162,8 @@ class MultimodalClassifier(ClassifierMixin, _Multimodal):  # type: ignore[misc]
         seconds: most seconds of training.
         batch_size: rows a step; by default as in :func:`hesse.train`.
         fusion, balance, class_weights, encoders, trainable: as in :func:`hesse.train`.
-        columns: kinds to use instead of those found: column name to "image", "audio", "text", "number", "category" or
-            "ignore". The columns of an array are called x0, x1, ... and are numbers.
+        columns: kinds to use instead of those found, as in :func:`hesse.train`. The columns of an array are called
+            x0, x1, ... and are numbers.
         data_root: the folder that paths in cells are relative to and may not leave; by default the working directory.
         random_state: of validation rows, initial weights and order; a number repeats a fit exactly.
         verbose: progress on stderr.

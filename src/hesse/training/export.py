@@ -41,7 +41,10 @@ DECODING = {
     "text": "NFKC, cut to length; 0 is padding, 1 a character that is not in the alphabet, else 2 + its place in it.",
     "features": "What the pretrained model named in the schema (source, identity) makes of the cell.",
     "columns": "Numbers standardised by mean and std, clipped to 10 deviations, NaN where missing; categories 1 + "
-    "their place in values, 0 where missing or unknown. In the order of the schema.",
+    "their place in values, 0 where missing or unknown. In the order of the schema. A date is d = days since "
+    "1970-01-01 in UTC, standardised, then sine and cosine of 2 pi t for those its settings name: season t = d / "
+    "365.2425, weekday t = floor(d) / 7, hour t = d. A latitude (phi) with its longitude (lambda) is cos phi cos "
+    "lambda, cos phi sin lambda, sin phi, then both in degrees, standardised.",
 }
 
 

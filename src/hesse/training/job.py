@@ -17,6 +17,7 @@ import torch
 
 from hesse.finding import InputError
 from hesse.multimodal import Dataset, Schema, Table, encode, make_schema, read_table
+from hesse.multimodal.split import Parts
 from hesse.multimodal.stream import open_source
 from hesse.training import call
 from hesse.training.build import build_model, refuse_balance
@@ -35,7 +36,7 @@ from hesse.training.screen import Screen
 from hesse.training.streamed import cells_are_many, decode_large, stream_rows
 from hesse.training.team import Team, joined
 
-__all__ = ["decided", "prepare", "train"]
+__all__ = ["decided", "make_plan", "prepare", "train"]
 
 EPOCHS = 40
 PATIENCE = 8  # epochs without a better validation loss; the average lags behind, so a few are not yet a verdict
@@ -114,7 +115,7 @@ def train(
         workers: processes that decode for a streamed table; by default the processors but one.
         compare: optimisers to train beside it, each from the same start for the same wall time.
         resume: go on with the run in ``out``, with the same table and settings; ``epochs``, ``seconds`` and
-            ``compare`` may ask for more than before.
+            ``compare`` may ask for more than before, and ``data_root``, ``delimiter`` and ``workers`` may differ.
         overwrite: replace a run that is in ``out``.
         seed: of split, initial weights, order of rows.
         notes: sentences to show at the top of the page.
@@ -238,15 +239,7 @@ def prepare(
 ) -> tuple[Table, Path, Plan]:
     """Read a table and its files: the table, the folder that paths are relative to, and the plan of a training."""
     root = Path(settings["data_root"]) if settings["data_root"] else _folder(table)
-    understand = partial(
-        make_schema,
-        overrides=settings["columns"],
-        encoders=settings["encoders"],
-        trainable=settings["trainable"],
-        class_weights=settings["class_weights"],
-        root=root,
-        seed=settings["seed"],
-    )
+    understand: Callable[..., tuple[Schema, Parts]] = partial(make_schema, root=root, **call.for_schema(settings))
     of_choice = settings["stream"] is None and resumed is None
     streams = settings["stream"] if resumed is None else resumed.config.get("streamed", False)
     if of_choice:
@@ -277,7 +270,7 @@ def prepare(
     if feed is None:
         with screen.decoding("reading files") as progress:
             data = encode(schema, source, root=root, skip_bad_rows=settings["skip_bad_rows"], progress=progress)
-    return source, root, _plan(settings, schema, data, parts, source.name, team, feed)
+    return source, root, make_plan(settings, schema, data, parts, source.name, team, feed)
 
 
 def _folder(table: Any) -> Path:
@@ -288,14 +281,14 @@ def _folder(table: Any) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _plan(
+def make_plan(
     settings: Mapping[str, Any],
     schema: Schema,
     data: Dataset,
     parts: Mapping[str, Any],
     table: str,
-    team: Team,
-    feed: Feed | None,
+    team: Team | None = None,
+    feed: Feed | None = None,
 ) -> Plan:
     """What was asked for, and where nothing was asked, what suits the number of rows."""
     positions = {name: data.positions(rows) for name, rows in parts.items()}
@@ -317,7 +310,7 @@ def _plan(
         epochs=EPOCHS if free else settings["epochs"],
         seconds=settings["seconds"],
         patience=PATIENCE if free else None,
-        team=team,
+        team=team or Team(),
         streamed=feed,
     )
 
@@ -338,22 +331,13 @@ def decided(plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_other_table(run: Run, schema: Schema, name: str, rows: int) -> None:
     """A run goes on with the rows it began with: rows, target, and every count and statistic must be as they were."""
-    then, now = ([target.name for target in one.targets] for one in (run.schema, schema))
-    if then != now:
-        what = f"the target was '{', '.join(then)}' and is '{', '.join(now)}'"
-    elif run.config["rows"] != rows:
-        what = f"it had {run.config['rows']} rows and has {rows}"
-    elif run.schema != schema:
-        changed = [a.name for a, b in zip(schema.columns, run.schema.columns, strict=False) if a != b]
-        what = f"the columns have changed ({', '.join(changed[:5]) or 'their number'})"
-    else:
-        return
-    raise InputError(
-        "another table",
-        name,
-        f"This is not what the run was trained on: {what}.",
-        "Resume with the table and target of the run, or train anew with another --out.",
-    )
+    if what := run.unlike(schema, rows, exactly=True):
+        raise InputError(
+            "another table",
+            name,
+            f"This is not what the run was trained on: {what}.",
+            "Resume with the table and target of the run, or train anew with another --out.",
+        )
 
 
 def _how_to_go_on(folder: Path, table: Any, target: str | Sequence[str], given: Mapping[str, Any]) -> str:

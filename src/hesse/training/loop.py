@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from hesse.training.feed import Batch, Feed, Held, skipped_rows
 from hesse.training.losses import loss_of
 from hesse.training.team import Team
 
-__all__ = ["Plan", "State", "batches", "diverged", "finished", "judge", "out_of_time", "start", "take_step"]
+__all__ = ["Plan", "State", "batches", "diverged", "epochs", "finished", "judge", "start", "take_step"]
 
 MOST_STEPS_KEPT = 1000
 MOST_LISTED = 20  # rows that could not be read
@@ -186,17 +186,38 @@ def judge(plan: Plan, state: State) -> dict[str, Any]:
     return row
 
 
+def epochs(
+    plan: Plan,
+    state: State,
+    stepped: Callable[[float], object] = lambda loss: None,
+    dealt: Callable[[Plan, State], Iterator[Batch]] = batches,
+) -> Iterator[dict[str, Any]]:
+    """Train to the end of the plan, and give the row of each epoch when it has ended.
+
+    Args:
+        stepped: called after each step with its loss; whatever it raises ends the training between two steps.
+        dealt: gives what is left of an epoch.
+    """
+    while not finished(plan, state):
+        for batch in dealt(plan, state):
+            loss = take_step(plan, state, batch)
+            stepped(loss)
+            if _out_of_time(plan, state) or (not math.isfinite(loss) and diverged(state)):
+                break
+        yield judge(plan, state)
+
+
 def finished(plan: Plan, state: State) -> bool:
     """Whether the run is over: epochs or seconds used up, no better validation loss for long enough, or diverged."""
     return (
         (plan.epochs is not None and state.epoch >= plan.epochs)
-        or out_of_time(plan, state)
+        or _out_of_time(plan, state)
         or (plan.patience is not None and state.epoch - state.best_epoch >= plan.patience)
         or diverged(state)
     )
 
 
-def out_of_time(plan: Plan, state: State) -> bool:
+def _out_of_time(plan: Plan, state: State) -> bool:
     """Whether the seconds of the plan are used up, be it within an epoch."""
     return plan.seconds is not None and state.seconds >= plan.seconds
 

@@ -6,7 +6,6 @@ cross-validation for one). A tenth of the rows still validates, because that is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,17 @@ import torch
 
 from hesse.finding import InputError
 from hesse.multimodal import FusedModel, Schema, Table, encode, make_schema
+from hesse.multimodal.table import unused
 from hesse.training import call
+from hesse.training.balance import is_fitted
 from hesse.training.build import build_model, refuse_balance
 from hesse.training.calibration import calibrate
 from hesse.training.choose import choose_fusion, refuse_fusion
 from hesse.training.evaluate import known_targets, outputs
 from hesse.training.interrupt import interruptible
-from hesse.training.job import EPOCHS, PATIENCE
-from hesse.training.loop import Plan, batches, diverged, finished, judge, out_of_time, start, take_step
-from hesse.training.optimizers import batch_size, make_optimizer, refuse_optimizer
+from hesse.training.job import make_plan
+from hesse.training.loop import epochs, start
+from hesse.training.optimizers import make_optimizer, refuse_optimizer
 from hesse.training.screen import Screen
 
 __all__ = ["Learned", "learn"]
@@ -88,35 +89,20 @@ def learn(
     refuse_balance(settings["balance"])
     screen = screen or Screen(quiet=True)
     # A column that says "train" in every row: a tenth of them is set aside to validate, and none to test.
-    split = unlike(source.names, "split")
+    split = unused("split", source.names)
     marked = Table(
         source.data.append_column(split, pa.array(["train"] * len(source), pa.large_string())), source.name, None
     )
     schema, parts = make_schema(
         marked,
         target,
-        overrides=columns,
-        encoders=settings["encoders"],
-        trainable=settings["trainable"],
-        class_weights=settings["class_weights"],
         split_column=split,
         root=root,
-        seed=settings["seed"],
+        **call.for_schema({**settings, "columns": columns}),
     )
     refuse_balance(settings["balance"], schema)
     data = encode(schema, marked, root=root, skip_bad_rows=settings["skip_bad_rows"])
-    positions = {name: data.positions(rows) for name, rows in parts.items()}
-    free = settings["epochs"] is None and settings["seconds"] is None
-    plan = Plan(
-        schema,
-        data,
-        positions,
-        batch_size=settings["batch_size"] or batch_size(settings["optimizer"], len(positions["train"])),
-        seed=settings["seed"],
-        epochs=EPOCHS if free else settings["epochs"],
-        seconds=settings["seconds"],
-        patience=PATIENCE if free else None,
-    )
+    plan = make_plan(settings, schema, data, parts, source.name)
     if settings["fusion"] == "auto":
         settings |= choose_fusion(plan, settings, screen)
     with torch.random.fork_rng(devices=[]), interruptible() as interrupted:
@@ -124,15 +110,14 @@ def learn(
         model = build_model(schema, settings)
         state = start(model, make_optimizer(settings["optimizer"], model, settings["lr"], settings["weight_decay"]))
         with state.monitor, screen.training(plan, settings["optimizer"]) as bar:
-            while not finished(plan, state):
-                for batch in batches(plan, state):
-                    loss = take_step(plan, state, batch)
-                    bar.step(state, loss)
-                    if interrupted.is_set():
-                        raise KeyboardInterrupt
-                    if out_of_time(plan, state) or (not math.isfinite(loss) and diverged(state)):
-                        break
-                bar.epoch(judge(plan, state))
+
+            def stepped(loss: float) -> None:
+                bar.step(state, loss)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+
+            for row in epochs(plan, state, stepped):
+                bar.epoch(row)
     if not state.best:
         raise InputError(
             "diverged",
@@ -141,13 +126,6 @@ def learn(
             "Give a lower lr, or use kfac, which finds its own.",
         )
     model.load_state_dict(state.best)
-    valid = positions["valid"]
-    calibration = calibrate(schema, outputs(model, data, valid), known_targets(data, valid))
+    valid = plan.positions["valid"]
+    calibration = calibrate(schema, outputs(model, data, valid), known_targets(data, valid), is_fitted(model))
     return Learned(schema, settings, model.eval(), calibration, state.epoch)
-
-
-def unlike(names: list[str], name: str) -> str:
-    """``name``, with as many underscores as it takes to be none of ``names``."""
-    while name in names:
-        name += "_"
-    return name

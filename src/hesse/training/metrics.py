@@ -18,6 +18,7 @@ __all__ = ["report"]
 
 MOST_POINTS = 2000  # of a regression, in the page
 MOST_IN_CONFUSION = 100  # classes: the matrix is their square; and a curve for each takes a second a hundred
+MOST_PAIRS = 20  # of the classes of which one is taken for the other, where the matrix is left out
 MOST_BY_CLASS = 1000
 
 Array = NDArray[Any]
@@ -32,8 +33,9 @@ def report(target: Target, out: Tensor, targets: Tensor, calibration: dict[str, 
         calibration: the record ``calibration.json``.
 
     Returns:
-        ``metrics`` of calibrated probabilities; for classes ``classes``, ``confusion`` (up to 100), ``by_class`` (up to
-        1000), ``calibration`` and ``threshold``; for a quantity pairs of ``actual`` and ``predicted``.
+        ``metrics`` of calibrated probabilities; for classes ``classes``, ``confusion`` (of more than 100 ``confused``:
+        actual, predicted and rows of the commonest mistakes), ``by_class`` (up to 1000), ``calibration`` and
+        ``threshold``; for a quantity pairs of ``actual`` and ``predicted``.
     """
     if not len(out) or not bool(torch.isfinite(out).all()):
         return {"metrics": {}}
@@ -84,10 +86,22 @@ def _of_classes(target: Target, p: Tensor, targets: Tensor, threshold: float | N
     elif 1 < len(present) <= MOST_IN_CONFUSION:  # each class against the rest
         found["roc_auc"] = float(np.mean([metrics.roc_auc_score(actual == c, share[:, c]) for c in present]))
     scores = metrics.precision_recall_fscore_support(actual, predicted, labels=range(k), zero_division=0)
-    record = {"metrics": _plain(found), "classes": list(target.classes), "by_class": _by_class(target, *scores)}
+    record: dict[str, Any] = {"metrics": _plain(found), "classes": list(target.classes)}
+    record["by_class"] = _by_class(target, *scores)
     if k <= MOST_IN_CONFUSION:
         record["confusion"] = metrics.confusion_matrix(actual, predicted, labels=range(k)).tolist()
+    else:
+        record["confused"] = _confused(target, actual, predicted)
     return record
+
+
+def _confused(target: Target, actual: Array, predicted: Array) -> list[list[Any]]:
+    """The commonest mistakes, as ``[actual, predicted, rows]``; those of as many rows in the order of the classes."""
+    wrong = actual != predicted
+    places, counts = np.unique(target.width * actual[wrong] + predicted[wrong], return_counts=True)
+    common = np.argsort(-counts, kind="stable")[:MOST_PAIRS]
+    pairs = zip(*np.divmod(places[common], target.width), counts[common], strict=True)
+    return [[target.classes[one], target.classes[other], int(n)] for one, other, n in pairs]
 
 
 def _of_labels(target: Target, p: Tensor, targets: Tensor, threshold: dict[str, float] | None) -> dict[str, Any]:
@@ -119,17 +133,18 @@ def _by_class(target: Target, precision: Array, recall: Array, f1: Array, n: Arr
 
 
 def _calibration(target: Target, out: Tensor, targets: Tensor, temperature: float) -> dict[str, Any]:
-    """Before and after: how far confidence is from accuracy, and the log-loss."""
+    """Before and after the temperature: how far confidence is from accuracy, and the log-loss."""
     found: dict[str, Any] = {"temperature": temperature}
     for suffix, t in (("_before", 1.0), ("", temperature)):
         p = probabilities(target.task, out, t)
         if target.task == "multilabel":  # every label of every row is a yes or no
-            found[f"ece{suffix}"], found["bins"] = reliability(p.flatten(), targets.flatten() > 0)
+            sure, right = p.flatten(), targets.flatten() > 0
             loss = F.binary_cross_entropy_with_logits(out.double() / t, targets.double())
         else:
-            best = p.max(1)
-            found[f"ece{suffix}"], found["bins"] = reliability(best.values, best.indices == targets)
+            sure, place = p.max(1)
+            right = place == targets
             loss = F.cross_entropy(out.double() / t, targets)
+        found[f"ece{suffix}"], found[f"bins{suffix}"] = reliability(sure, right)
         found[f"log_loss{suffix}"] = float(loss)
     return found
 

@@ -15,6 +15,7 @@ samples/             pictures, sounds and texts of rows on which the modalities 
 compare/NAME/        the same for an optimiser trained beside it
 report.html          the page
 card.md              the model card
+model.onnx           the model for other programs (``hesse export``)
 spectrum.json        how the loss curves: eigenvalues, traces, density (``hesse spectrum``)
 spectrum.html        the same as a page
 ===================  ==============================================================================
@@ -23,6 +24,7 @@ spectrum.html        the same as a page
 from __future__ import annotations
 
 import math
+import operator
 import os
 import shutil
 import warnings
@@ -60,6 +62,7 @@ RECORDS = (
     "calibration.json",
     "report.html",
     "card.md",
+    "model.onnx",
     "spectrum.json",
     "spectrum.html",
     "config.json",  # last to go: it is what makes a folder a run folder
@@ -285,20 +288,22 @@ class Run:
         build_spectrum(folder)
         return record
 
-    def unlike(self, schema: Schema, rows: int) -> str:
+    def unlike(self, schema: Schema, rows: int, exactly: bool = False) -> str:
         """In what a table of so many rows is another one than the run was trained on; empty if in nothing.
 
-        Every count and statistic of the columns must be as it was, up to the rounding of other threads or machines.
+        Every count and statistic of the columns must be as it was; unless ``exactly``, up to the rounding of other
+        threads or machines.
         """
+        same = operator.eq if exactly else _alike
         then, now = ([target.name for target in one.targets] for one in (self.schema, schema))
         if then != now:
             return f"the target was '{', '.join(then)}' and is '{', '.join(now)}'"
         if self.config["rows"] != rows:
             return f"it had {self.config['rows']} rows and has {rows}"
-        if _alike(self.schema.to_json(), schema.to_json()):
+        if same(self.schema.to_json(), schema.to_json()):
             return ""
         pairs = zip(self.schema.columns, schema.columns, strict=False)
-        changed = [b.name for a, b in pairs if not _alike(a.to_json(), b.to_json())]
+        changed = [b.name for a, b in pairs if not same(a.to_json(), b.to_json())]
         return f"the columns have changed ({', '.join(changed[:5]) or 'their number'})"
 
 

@@ -35,7 +35,7 @@ from hesse.multimodal.split import Parts
 from hesse.multimodal.stream import Source, divide, open_source
 from hesse.multimodal.stream.divide import TEST, TRAIN, VALID
 from hesse.training.build import plain
-from hesse.training.call import DEFAULTS, modality_name
+from hesse.training.call import DEFAULTS, for_schema, modality_name
 from hesse.training.evaluate import known_targets, outputs
 from hesse.training.losses import loss_of
 from hesse.training.screen import Screen
@@ -188,17 +188,7 @@ def _parts_of_table(
     run: Run, source: Table, names: list[str], settings: Mapping[str, Any], root: Path
 ) -> tuple[Parts, str]:
     """Which rows were for what, and in what the table is not the run's."""
-    schema, parts = make_schema(
-        source,
-        names,
-        overrides=settings["columns"],
-        encoders=settings["encoders"],
-        trainable=settings["trainable"],
-        split_column=settings["split_column"],
-        class_weights=settings["class_weights"],
-        root=root,
-        seed=settings["seed"],
-    )
+    schema, parts = make_schema(source, names, split_column=settings["split_column"], root=root, **for_schema(settings))
     return parts, run.unlike(schema, len(source))
 
 

@@ -24,6 +24,7 @@ from hesse.multimodal.dataset import read_rows
 from hesse.multimodal.split import Parts
 from hesse.multimodal.stream import Loader, Source, divide, usual_workers
 from hesse.multimodal.stream.divide import TEST, TRAIN, VALID, marked
+from hesse.multimodal.table import unused
 from hesse.training.feed import Batch, hide, without
 from hesse.training.team import Team
 
@@ -100,7 +101,7 @@ def stream_rows(
     rows = np.sort(np.concatenate([sample, division.rows(VALID), division.rows(TEST)]))
     table = source.gather(rows)
     part = division.part[rows]
-    said = split_column or _free_name(source.names)
+    said = split_column or unused("part", source.names)
     schema, _ = understand(marked(table, part, said), target, split_column=said)
     columns = schema.columns if split_column else [column for column in schema.columns if column.name != said]
     schema = Schema(tuple(columns), schema.targets)
@@ -152,13 +153,6 @@ def free() -> int:
 
 def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
-
-
-def _free_name(names: Sequence[str]) -> str:
-    name = "part"
-    while name in names:
-        name += "_"
-    return name
 
 
 def _told(source: Source, feed: Streamed, held: dict[str, int], without: int) -> Finding:

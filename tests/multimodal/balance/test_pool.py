@@ -185,6 +185,15 @@ def test_who_fails_on_validation_rows_is_not_asked_and_a_finding_says_so() -> No
     assert finding.evidence["together"] >= finding.evidence["alone"] - finding.evidence["standard error"] - 1e-6
 
 
+def test_of_a_few_rows_nobody_is_sent_away() -> None:
+    pool = trained()
+    inputs, targets = batch(39, seed=9)
+    others = torch.roll(torch.arange(39), 1)
+    inputs["audio"] = (inputs["audio"][0][others], inputs["audio"][1])
+    pool.fit(F.cross_entropy, [(inputs, targets)])
+    assert int(pool.alone) == -1 and fallback(pool) is None
+
+
 def test_who_adds_nothing_but_noise_is_not_asked() -> None:
     pool = trained(steps=200)
     inputs, targets = batch(200, seed=9)

@@ -29,6 +29,7 @@ MOST = 5  # modalities of which every combination has shares of its own
 CHUNKS = 20  # of the rows, whose mean losses say how sure a difference is
 PRIOR = 0.5  # of a share, as much as one validation row says
 SURE = 1.0  # standard errors by which a pool has to be better than one modality
+FEWEST = 2 * CHUNKS  # rows from which on that can be said at all
 
 
 class Pool(Heads):
@@ -38,8 +39,9 @@ class Pool(Heads):
 
     with o_k the outputs (logits, values) of the fused head and of each modality that is present, and a the best
     constant one. Each combination of up to five modalities has its own v, so a row is answered by those who are there,
-    at the trust they have without the others. Where the pool of a combination is no better than one of its modalities
-    alone, by a standard error over validation rows, that modality answers alone: :func:`fallback` says so.
+    at the trust they have without the others. Where the pool of a combination is no
+    better than one of its modalities alone, by a standard error over validation rows (40 or more of them), that
+    modality answers alone: :func:`fallback` says so.
 
     Validation decides by what it sees: if its rows share with those of training what the test's do not (a speaker, a
     camera, a clinic), it trusts what will fail. Split by such groups.
@@ -197,7 +199,8 @@ class Pool(Heads):
         gain = gain[gain.isfinite()]  # rows may lack the target
         error = float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
         self.verdict.copy_(torch.tensor([float(mean(answers[best])), float(mean(together)), error]))
-        return v if float(gain.sum()) > SURE * error * len(gain) else singles[best]
+        surely = float(gain.sum()) > SURE * error * len(gain)
+        return v if surely or len(together) < FEWEST else singles[best]
 
     def _gather(self, batches: Iterable[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
         """Features, presence and targets of all rows, in eval mode."""

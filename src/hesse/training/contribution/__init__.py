@@ -76,13 +76,8 @@ def contributions(run: Run, plan: Plan, state: State, record: dict[str, Any]) ->
         modalities[key] |= both
     for key, each in speeds(state.monitor.records, state.metrics, keys).items():
         modalities[key]["speed"] = each
-    calibration = {
-        name: {"temperature": one["calibration"]["temperature"]}
-        for name, one in record.get("targets", {}).items()
-        if one.get("calibration", {}).get("temperature") is not None
-    }
     return {
         "modalities": modalities,
         "presence": presence(schema, sets),
-        "disagreements": disagreements(schema, data, sets, calibration),
+        "disagreements": disagreements(schema, data, sets, run.calibration),
     }

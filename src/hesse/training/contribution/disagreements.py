@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hesse.multimodal import Dataset, Schema
 from hesse.multimodal.target import Target
-from hesse.training.calibration import probabilities
+from hesse.training.calibration import probabilities, temperature_of
 from hesse.training.contribution.coalitions import Coalitions, shapley
 
 __all__ = ["disagreements", "divergence"]
@@ -48,7 +48,7 @@ def divergence(p: Tensor, here: Tensor) -> Tensor:
 
 
 def disagreements(
-    schema: Schema, data: Dataset, found: Coalitions, calibration: Mapping[str, Any]
+    schema: Schema, data: Dataset, found: Coalitions, calibration: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """The rows of ``disagreements`` in ``evaluation.json``, the furthest apart first, of the first target.
 
@@ -67,7 +67,7 @@ def disagreements(
     known = ~actual[:, 0].isnan() if actual.is_floating_point() else actual >= 0
     if not bool(alone.isfinite().all()):
         return []
-    temperature = float(calibration.get(target.name, {}).get("temperature", 1.0))
+    temperature = temperature_of(calibration, target)
     score = torch.where(known, _apart(target, alone, here, temperature), 0.0)
     chosen = [i for i in score.argsort(descending=True, stable=True)[:MOST].tolist() if score[i] > 0]
     parts = _parts(target, found, own, chosen) if found.complete else {}
