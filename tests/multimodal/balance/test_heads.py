@@ -52,7 +52,8 @@ def test_the_loss_is_that_of_the_parts_row_by_row(sizes: dict[str, int], absent:
     wanted = 0.5 * F.cross_entropy(cure.model(**inputs), targets)
     for key, f in features.items():
         weight = 2.0 if key == "audio" else 1.0
-        wanted = wanted + weight * loss_by_rows(cure.heads[key](f), targets, inputs[key][1])
+        here = inputs[key][1]
+        wanted = wanted + weight * here.double().mean() * loss_by_rows(cure.heads[key](f), targets, here)
     found = cure.loss(F.cross_entropy)(cure(**inputs), targets)
     torch.testing.assert_close(found, wanted)
     params = list(cure.parameters())
@@ -128,7 +129,7 @@ def test_a_regression_has_heads_too(name: str) -> None:
     wanted = w[0] * F.mse_loss(model(**inputs), targets)
     for i, (key, o) in enumerate(own.items()):
         here = inputs[key][1]
-        wanted = wanted + w[1 + i] * (o[here] - targets[here]).square().mean()
+        wanted = wanted + w[1 + i] * (o[here] - targets[here]).square().sum() / len(o)
     torch.testing.assert_close(loss, wanted)
 
 
@@ -155,8 +156,9 @@ def test_a_modality_may_have_a_loss_of_its_own_and_targets_may_be_several() -> N
 
     here = present["image"], present["audio"]
     wanted = fused(parts["fused"], both)
-    wanted = wanted + fused(parts["image"][here[0]], tuple(t[here[0]] for t in both))
-    wanted = wanted + other(parts["audio"][here[1]], tuple(t[here[1]] for t in both))
+    shares = [float(there.double().mean()) for there in here]
+    wanted = wanted + shares[0] * fused(parts["image"][here[0]], tuple(t[here[0]] for t in both))
+    wanted = wanted + shares[1] * other(parts["audio"][here[1]], tuple(t[here[1]] for t in both))
     torch.testing.assert_close(cure.loss(fused, own={"audio": other})(outputs, both), wanted)
 
 
@@ -274,3 +276,17 @@ def test_heads_are_modules_of_their_own() -> None:
         "heads.audio.weight",
         "heads.audio.bias",
     }
+
+
+def test_the_loss_of_a_batch_is_that_of_its_halves() -> None:
+    """So two processes, each with a half, take the steps of one."""
+    cure = make(Heads)
+    inputs, targets = batch(absent=True)
+
+    def loss_of(rows: slice) -> torch.Tensor:
+        some = {key: (x[rows], here[rows]) for key, (x, here) in inputs.items()}
+        return cure.loss(F.cross_entropy)(cure(**some), targets[rows])
+
+    middle = len(targets) // 2
+    halves = (loss_of(slice(0, middle)) + loss_of(slice(middle, None))) / 2
+    torch.testing.assert_close(halves, loss_of(slice(None)))

@@ -170,6 +170,8 @@ class Cure(nn.Module, ABC):
     def loss(self, loss_fn: LossFn, own: Mapping[str, LossFn] | None = None) -> LossFn:
         """``w_0 * fused + sum_m w_m * own_m`` as a function of this cure's outputs and of targets.
 
+        Each is a mean over all rows, to which those without a modality add nothing to its own.
+
         Args:
             loss_fn: of the model's outputs and of targets, a mean over rows.
             own: losses of single modalities that are not ``loss_fn``.
@@ -204,7 +206,9 @@ class Cure(nn.Module, ABC):
         value = weights[0] * loss_fn(parts[FUSED], targets)
         for key, weight in zip(self.modalities, weights[1:], strict=True):
             if weight and bool(present[key].any()):
-                value = value + weight * own.get(key, loss_fn)(*rows(present[key], parts[key], targets))
+                # A mean over all rows: the loss of a batch is then that of its halves, on one process or on two.
+                share = float(present[key].double().mean())
+                value = value + weight * share * own.get(key, loss_fn)(*rows(present[key], parts[key], targets))
         return value
 
     @torch.no_grad()

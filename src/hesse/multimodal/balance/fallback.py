@@ -21,8 +21,8 @@ def fallback(pool: Pool) -> Finding | None:
     return Finding(
         "fallback",
         key,
-        f"On validation rows all modalities together (loss {together:.3g}) are better than {key} alone ({alone:.3g}) "
-        f"by no more than chance (standard error {error:.2g}): {key} answers alone, and the others are not asked.",
+        f"On validation rows all together (loss {together:.3g}) are not better than {key} alone ({alone:.3g}) "
+        f"by more than chance (standard error {error:.2g}): {key} answers alone, and the others are not asked.",
         "If the others should help, see whether they differ between training and validation rows (speakers, cameras, "
         "places), and gather more rows of different ones; if not, leave them out.",
         value=together,
