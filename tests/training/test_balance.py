@@ -107,3 +107,14 @@ def test_runs_from_before_there_were_cures_have_none(table: Path, tmp_path: Path
     settings = {name: value for name, value in run.config.items() if name != "balance"}
     with torch.random.fork_rng(devices=[]):
         assert type(build_model(run.schema, settings)) is FusedModel
+
+
+def test_more_outputs_than_k_fac_has_blocks_for_train_without_a_cure(tmp_path: Path) -> None:
+    rows = {"said": [f"word {i % 40} of {i}" for i in range(200)], "size": [i % 7 / 7 for i in range(200)]}
+    wide = pa.table({**rows, "kind": [f"class {i % 40}" for i in range(200)]})
+    run = hesse.train(wide, "kind", out=tmp_path / "kfac", epochs=1, columns={"said": "text"}, verbose=False)
+    assert type(run.model()) is FusedModel and run.config["balance"] == "none"
+    soap = hesse.train(
+        wide, "kind", out=tmp_path / "soap", epochs=1, columns={"said": "text"}, optimizer="soap", verbose=False
+    )
+    assert isinstance(soap.model(), Pool)

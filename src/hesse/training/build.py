@@ -8,12 +8,13 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from hesse.curvature.losses.own import WIDEST
 from hesse.finding import InputError
 from hesse.multimodal import FusedModel, Schema, encoders
 from hesse.multimodal.balance import CURES, Cure, Pool
 from hesse.training.losses import loss_of
 
-__all__ = ["build_model", "plain", "refuse_balance", "training_loss"]
+__all__ = ["build_model", "is_too_wide", "plain", "refuse_balance", "training_loss"]
 
 CLASSES_ONLY = ("ogm-ge", "pmr")
 
@@ -30,6 +31,12 @@ def refuse_balance(name: str, schema: Schema | None = None) -> None:
     raise InputError("unsuitable cure", "balance", message, "Choose pool, heads, gblend, mmpareto or none.", name)
 
 
+def is_too_wide(schema: Schema, settings: Mapping[str, Any]) -> bool:
+    """Whether K-FAC would have to form blocks of curvature wider than it can: a cure has outputs for each modality."""
+    modalities = len(schema.modalities)
+    return settings.get("optimizer") == "kfac" and schema.outputs * (1 + modalities) + modalities > WIDEST
+
+
 def build_model(schema: Schema, settings: Mapping[str, Any]) -> FusedModel:
     """A fresh model, drawn from torch's generator; with a cure around it, if the run has one, which answers as it does.
 
@@ -41,7 +48,7 @@ def build_model(schema: Schema, settings: Mapping[str, Any]) -> FusedModel:
     answers = [(target.task, target.width) for target in schema.targets]
     model = FusedModel(schema.model_settings(), schema.outputs, fusion, answers, _prior(schema))
     name = settings.get("balance", "none")
-    if name == "none" or len(model.encoders) < 2:
+    if name == "none" or len(model.encoders) < 2 or is_too_wide(schema, settings):
         return model
     widths = dict.fromkeys(model.encoders, encoders.FEATURES)
     if name == "pool":

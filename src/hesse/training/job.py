@@ -20,7 +20,7 @@ from hesse.multimodal import Dataset, Schema, Table, encode, make_schema, read_t
 from hesse.multimodal.split import Parts
 from hesse.multimodal.stream import open_source
 from hesse.training import call
-from hesse.training.build import build_model, refuse_balance
+from hesse.training.build import build_model, is_too_wide, refuse_balance
 from hesse.training.checkpoint import CHECKPOINT
 from hesse.training.choose import choose_fusion, refuse_fusion
 from hesse.training.contribution import contribute
@@ -187,6 +187,9 @@ def train(
         settings["fusion"] = resumed.config.get("fusion", "concat")  # what was chosen then
         settings["balance"] = resumed.config.get("balance", "none")
     refuse_balance(settings["balance"], plan.schema)
+    if settings["balance"] != "none" and len(plan.schema.modalities) > 1 and is_too_wide(plan.schema, settings):
+        screen.say(f"{plan.schema.outputs} outputs are too many for kfac with a cure: balance is none (soap takes any)")
+        settings["balance"] = "none"
     if settings["fusion"] == "auto":
         settings |= choose_fusion(plan, settings, screen)
 
