@@ -36,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files private; a report is meant to be shared
         temporary.replace(path)
     except OSError as error:
-        if error.filename in (None, name):  # a full disk names no file, or one that nobody knows
+        if error.errno is not None and error.filename in (None, name):  # a full disk names none, or one nobody knows
             error.filename = os.fspath(path)
         raise
     finally:
