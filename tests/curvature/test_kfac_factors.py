@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import oracles
@@ -22,6 +22,7 @@ from hesse.curvature.uses import output_gradients, watch_uses
 from hesse.objective.function import objective
 from layer_problems import APART, CLASSES, MIXED, B, classes, layer, made
 from problems import Problem
+from processes import in_processes
 from tolerances import ALGEBRA, STANDARD_ERRORS
 
 
@@ -307,13 +308,8 @@ def test_layers_that_some_batches_do_not_use() -> None:
             factors(Problem(Routed(other).double(), F.mse_loss, batches))
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    try:
-        torch.save({name: find() for name, find in _of_several().items()}, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _rank(rank: int, ranks: int) -> dict[str, Tensor]:
+    return {name: find() for name, find in _of_several().items()}
 
 
 def _of_several() -> dict[str, Callable[[], Tensor]]:
@@ -336,8 +332,6 @@ def _of_several() -> dict[str, Callable[[], Tensor]]:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in in_processes(_rank, tmp_path):
         for name, find in _of_several().items():
             torch.testing.assert_close(found[name], find(), rtol=0, atol=1e-12)  # sums in another order

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from hesse.curvature import fisher, ggn, hessian
 from hesse.curvature.operator import Curvature
 from problems import as_double, mlp, problem, vectors
+from processes import in_processes
 from tolerances import ALGEBRA
 
 MAKERS: dict[str, Callable[..., Curvature]] = {
@@ -150,27 +151,21 @@ def test_unknown_reduction() -> None:
 # -- processes -------------------------------------------------------------------------------------------------------
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    try:
-        model, loss_fn, (x, y) = as_double(problem("mlp, cross-entropy"))
-        found = {}
-        for name, make in MAKERS.items():
-            operator = make(model, loss_fn, cut(x, y, 10, 7, 4, 3))
-            found[name] = operator @ vectors(operator.shape[0], 10)
-        sampled = fisher(model, loss_fn, cut(x, y, 10, 7, 4, 3), fisher_type="sampled", seed=3)
-        found["sampled"] = sampled @ vectors(sampled.shape[0], 10)
-        one = hessian(model, loss_fn, (x, y))  # a batch of its own belongs to its process
-        found["one batch"] = one @ vectors(one.shape[0], 10)
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _rank(rank: int, ranks: int) -> dict[str, Tensor]:
+    model, loss_fn, (x, y) = as_double(problem("mlp, cross-entropy"))
+    found = {}
+    for name, make in MAKERS.items():
+        operator = make(model, loss_fn, cut(x, y, 10, 7, 4, 3))
+        found[name] = operator @ vectors(operator.shape[0], 10)
+    sampled = fisher(model, loss_fn, cut(x, y, 10, 7, 4, 3), fisher_type="sampled", seed=3)
+    found["sampled"] = sampled @ vectors(sampled.shape[0], 10)
+    one = hessian(model, loss_fn, (x, y))  # a batch of its own belongs to its process
+    found["one batch"] = one @ vectors(one.shape[0], 10)
+    return found
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = in_processes(_rank, tmp_path)
     model, loss_fn, (x, y) = as_double(problem("mlp, cross-entropy"))
     makers = {**MAKERS, "sampled": functools.partial(fisher, fisher_type="sampled", seed=3)}
     for name, make in makers.items():

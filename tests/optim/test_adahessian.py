@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hesse
@@ -18,6 +18,7 @@ from hesse.optim.adahessian import AdaHessian
 from hesse.optim.line_search import LineSearch
 from hesse.optim.sophia import SophiaG, SophiaH
 from problems import PROBLEMS, Problem, as_double, mlp, problem
+from processes import in_processes
 from tolerances import ALGEBRA, ROUNDING, STANDARD_ERRORS
 
 DIAGONAL: dict[str, Callable[..., Any]] = {"AdaHessian": AdaHessian, "SophiaH": SophiaH, "SophiaG": SophiaG}
@@ -375,18 +376,12 @@ DISTRIBUTED: dict[str, Callable[..., Any]] = {
 }
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    try:
-        torch.save({name: _train_a_part(rank, 2, name) for name in DISTRIBUTED}, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _rank(rank: int, ranks: int) -> dict[str, Any]:
+    return {name: _train_a_part(rank, ranks, name) for name in DISTRIBUTED}
 
 
 def test_two_processes_with_half_the_batch_each_train_as_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    one, two = in_processes(_rank, tmp_path)
     for name in DISTRIBUTED:
         alone = _train_a_part(0, 1, name)
         for n, value in one[name].items():

@@ -7,12 +7,11 @@ import functools
 import io
 import math
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +20,7 @@ from hesse.objective.replicas import Replicas
 from hesse.optim import KFAC, GaussNewton, kfac
 from hesse.optim.factors import CURVATURE
 from problems import Problem, as_double, mlp, problem
+from processes import in_processes
 from tolerances import ALGEBRA
 
 STEPS = 14  # beyond the burn-in, so that some use statistics and inverses of steps before
@@ -243,20 +243,8 @@ CASES: dict[str, Callable[[], Any]] = {
 OF_FOUR = ("mlp, cross-entropy", "convnet", "text", "deep", "broken", "resumed", "branches", "uneven")
 
 
-def run(rank: int, size: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meeting",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=60),  # processes that have parted wait for each other
-    )
-    torch.set_num_threads(1)
-    try:
-        cases = OF_FOUR if size == 4 else CASES
-        torch.save({name: CASES[name]() for name in cases}, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def run(rank: int, size: int) -> dict[str, Any]:
+    return {name: CASES[name]() for name in (OF_FOUR if size == 4 else CASES)}
 
 
 @pytest.fixture(scope="module")
@@ -265,9 +253,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[d
 
     @functools.cache
     def of(size: int) -> list[dict[str, Any]]:
-        folder = tmp_path_factory.mktemp("replicas")
-        multiprocessing.spawn(run, args=(size, str(folder)), nprocs=size)
-        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+        return in_processes(run, tmp_path_factory.mktemp("replicas"), size)
 
     return of
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from hesse.optim.shampoo import Shampoo
 from hesse.optim.soap import SOAP
+from processes import in_processes
 
 CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {"SOAP": SOAP, "Shampoo": Shampoo}
 SETTINGS: dict[str, Any] = {"lr": 0.01, "max_dim": 8, "weight_decay": 0.1, "l1": 1e-3, "period": 4}
@@ -66,14 +68,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
         optimizer.step()
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    try:
-        found = {name: _train_sharded(cls, rank, f"{folder}/{name}") for name, cls in CLASSES.items()}
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def _rank(folder: str, rank: int, _: int) -> dict[str, Any]:
+    return {name: _train_sharded(cls, rank, f"{folder}/{name}") for name, cls in CLASSES.items()}
 
 
 def _train_sharded(cls: Callable[..., torch.optim.Optimizer], rank: int, folder: str) -> dict[str, Any]:
@@ -116,8 +112,7 @@ def _train_sharded(cls: Callable[..., torch.optim.Optimizer], rank: int, folder:
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What the first of two processes has; full state dicts are collected there."""
     folder = tmp_path_factory.mktemp("sharded")
-    multiprocessing.spawn(_rank, args=(str(folder),), nprocs=2)
-    return torch.load(folder / "0.pt", weights_only=True)
+    return in_processes(functools.partial(_rank, str(folder)), folder)[0]
 
 
 @pytest.mark.parametrize("name", CLASSES)

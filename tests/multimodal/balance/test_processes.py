@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import hesse
 from balanced_models import batch, make
 from hesse.multimodal.balance import OGMGE, PMR, GBlend, Heads, MMPareto, Pool
+from processes import in_processes
 
 # torch itself warns so when forward mode is first used in a process
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -38,20 +37,14 @@ def steps(cls: Any, optimizer: str, rank: int = 0, size: int = 1) -> dict[str, A
     return {name: p.detach().clone() for name, p in cure.named_parameters()}
 
 
-def run(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+def run(rank: int, size: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: steps(cls, "sgd", rank, size) for name, cls in {**CURES, **BY_BATCH}.items()}
-    found["pool, kfac"] = steps(Pool, "kfac", rank, size)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return {**found, "pool, kfac": steps(Pool, "kfac", rank, size)}
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(run, args=(2, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return in_processes(run, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("name", CURES)
