@@ -15,7 +15,7 @@ from hesse import InputError
 from hesse.files import read_lines
 from hesse.multimodal import Schema, read_table
 from hesse.multimodal.target import Target
-from hesse.training.answers import answer, flat, has_bars, refuse_threshold
+from hesse.training.answers import answer, flat, refuse_threshold, separators
 from hesse.training.predictions import written
 
 BINARY = Target("b", "classification", ("no", "yes"))
@@ -96,7 +96,7 @@ def test_labels_are_written_so_that_they_can_be_read_again(tmp_path: Path, endin
     target = Target("l", "multilabel", names)
     rows = answer(schema(target), torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0]]), {})
     path = tmp_path / f"p.{ending}"
-    with written(path, has_bars(schema(target))) as write:
+    with written(path, separators(schema(target))) as write:
         write(rows.take(pa.array([0, 1, None])))
         write(rows.slice(2))
     found = read_table(path).column("l").to_pylist()
@@ -110,6 +110,17 @@ def test_labels_are_written_so_that_they_can_be_read_again(tmp_path: Path, endin
         assert read_lines(path)[0]["l"] == list(names)
 
 
+@pytest.mark.parametrize(
+    ("between", "cell"), [(";", "x;y"), (", ", "x, y"), ("json", '["x", "y"]'), ("", "x|y"), ("x", '["x", "y"]')]
+)
+def test_labels_are_written_as_the_table_had_them(tmp_path: Path, between: str, cell: str) -> None:
+    target = Target("l", "multilabel", ("x", "y"), separator=between)
+    path = tmp_path / "p.csv"
+    with written(path, separators(schema(target))) as write:
+        write(answer(schema(target), torch.tensor([[1.0, 1.0]]), {}))
+    assert read_table(path).column("l").to_pylist() == [cell]
+
+
 def test_tables_without_lists_stay_as_they_are() -> None:
     table = pa.table({"a": [1.0, None], "b": ["x", "y"]})
-    assert flat(table, False).equals(table)
+    assert flat(table, {}).equals(table)

@@ -11,7 +11,7 @@ import torch
 
 import hesse
 from hesse import InputError
-from hesse.files import read_json
+from hesse.files import read_json, read_lines
 from hesse.multimodal import FusedModel
 from hesse.multimodal.balance import Cure, Pool
 from hesse.training import course
@@ -109,12 +109,14 @@ def test_runs_from_before_there_were_cures_have_none(table: Path, tmp_path: Path
         assert type(build_model(run.schema, settings)) is FusedModel
 
 
-def test_more_outputs_than_k_fac_has_blocks_for_train_without_a_cure(tmp_path: Path) -> None:
-    rows = {"said": [f"word {i % 40} of {i}" for i in range(200)], "size": [i % 7 / 7 for i in range(200)]}
-    wide = pa.table({**rows, "kind": [f"class {i % 40}" for i in range(200)]})
-    run = hesse.train(wide, "kind", out=tmp_path / "kfac", epochs=1, columns={"said": "text"}, verbose=False)
-    assert type(run.model()) is FusedModel and run.config["balance"] == "none"
-    soap = hesse.train(
-        wide, "kind", out=tmp_path / "soap", epochs=1, columns={"said": "text"}, optimizer="soap", verbose=False
-    )
-    assert isinstance(soap.model(), Pool)
+def test_many_classes_train_by_k_fac_and_pmr_says_why_not(tmp_path: Path) -> None:
+    """Of 80 classes three heads have more outputs than a dense Hessian of each row is formed for."""
+    rows = {"said": [f"word {i % 80} of {i}" for i in range(400)], "size": [i % 7 / 7 for i in range(400)]}
+    wide = pa.table({**rows, "kind": [f"class {i % 80}" for i in range(400)]})
+    options: dict[str, Any] = {"epochs": 2, "columns": {"said": "text"}, "verbose": False}
+    run = hesse.train(wide, "kind", out=tmp_path / "pool", **options)
+    assert isinstance(run.model(), Pool)
+    losses = [row["valid_loss"] for row in read_lines(run.folder / "metrics.jsonl")]
+    assert losses[-1] < losses[0]
+    with pytest.raises(InputError, match="pmr with kfac is for up to 64 classes"):
+        hesse.train(wide, "kind", out=tmp_path / "pmr", balance="pmr", **options)

@@ -39,7 +39,7 @@ def predict(
     cut = None if threshold is None else _threshold(threshold)
     with clean_exit(as_json):
         from hesse.training import Run
-        from hesse.training.answers import has_bars
+        from hesse.training.answers import separators
         from hesse.training.predictions import refuse_path, written
         from hesse.training.screen import Screen
 
@@ -51,7 +51,7 @@ def predict(
             forecast = trained.forecast(
                 table, data_root=data_root, delimiter=delimiter, strict=strict, threshold=cut, progress=progress
             )
-            with written(out, has_bars(trained.schema)) as write:
+            with written(out, separators(trained.schema)) as write:
                 for predictions in forecast:
                     write(predictions)
         screen.findings([*islice(forecast.failures, MOST_NAMED), *forecast.findings])

@@ -11,13 +11,13 @@ differentiated twice.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hesse.curvature.losses import FORMS, REFUSED, OutputCurvature, function_of, own_loss
+from hesse.curvature.losses import FORMS, REFUSED, OutputCurvature, Summand, function_of, own_loss, summed
 from hesse.curvature.losses.base import plain
 
 __all__ = ["OutputCurvature", "output_curvature", "term_gradients"]
@@ -33,6 +33,9 @@ def output_curvature(
             ``ignore_index``, ``pos_weight``, ``var``, ``reduction``), the matching ``torch.nn`` module, or any function
             ``loss_fn(outputs, targets)`` of your own that returns one number and can be differentiated twice. A torch
             loss inside a function or a lambda counts as your own: pass it itself, and it costs less and can do more.
+            So does one that is a sum of others and says so by a method ``summands(outputs, targets)``, which gives
+            for each ``(factor, loss_fn, columns, rows, targets)``: the loss is the sum of
+            ``factor * loss_fn(outputs[rows, columns], targets)``, rows int64 or None for all.
         outputs: what the model returned, a tensor. bfloat16 and float16 are computed with in float32.
         targets: as the loss takes them.
         reduction: "mean" or "sum", of a loss of your own: whether it averages over the examples, dimension 0, or adds
@@ -65,10 +68,14 @@ def output_curvature(
         raise TypeError(f"no Gauss-Newton factor is known for the loss {name!r}: {REFUSED[function]}")
     if reduction not in (None, "mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum'; got {reduction!r}.")
-    if function in FORMS:
+    summands = getattr(function, "summands", None)
+    if function in FORMS or summands:
         own = options.get("reduction", "mean")
         if reduction not in (None, own):
             raise ValueError(f"the loss {name!r} has reduction={own!r} itself; got reduction={reduction!r} beside it.")
+    if summands:
+        return summed(name, outputs, _curvatures(summands(outputs, plain(targets)), outputs))
+    if function in FORMS:
         plain_options = {key: plain(value) for key, value in options.items()}
         return FORMS[function](outputs, plain(targets), **plain_options)
     return own_loss(loss_fn, name, outputs, plain(targets), reduction)
@@ -110,6 +117,12 @@ def term_gradients(loss_fn: Callable[..., Any], outputs: Any, targets: Any, curv
         x = outputs.requires_grad_()
         (gradient,) = torch.autograd.grad(loss_fn(x.clone(), plain(targets)), x)
     return gradient / curvature.weight
+
+
+def _curvatures(losses: Iterable[tuple[Any, ...]], outputs: Tensor) -> Iterator[Summand]:
+    for factor, loss_fn, columns, rows, targets in losses:
+        own = outputs[:, columns] if rows is None else outputs[:, columns].index_select(0, rows)
+        yield Summand(factor, output_curvature(loss_fn, own, targets), columns, rows)
 
 
 def _one_tensor(outputs: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from hesse.finding import InputError
 from hesse.multimodal import Schema
+from hesse.multimodal.label_lists import JSON
 from hesse.multimodal.table import unused
 from hesse.multimodal.target import Target
 from hesse.training.calibration import probabilities, temperature_of
 
-__all__ = ["answer", "flat", "has_bars", "refuse_threshold"]
+__all__ = ["answer", "flat", "refuse_threshold", "separators"]
 
 MOST_PROBABILITIES = 20  # columns of a target
-JOINED = "|"  # between the labels of a cell
+BAR = "|"  # between the labels of a cell, if the table says nothing else
 
 
 def answer(
@@ -90,21 +91,33 @@ def refuse_threshold(schema: Schema, threshold: float | str | None) -> None:
         )
 
 
-def flat(table: pa.Table, barred: bool = False) -> pa.Table:
-    """Lists of labels as texts, ``red|round``, for files whose cells hold no lists; JSON where labels have bars."""
-    columns = [column if not pa.types.is_list(column.type) else _joined(column, barred) for column in table.columns]
-    return pa.table(columns, names=table.column_names)
+def separators(schema: Schema) -> dict[str, str]:
+    """What goes between the labels of a cell of text, by target: what the table that was trained on had there, a bar if
+    it had lists; ``"json"`` for lists of JSON, also where a label holds the separator.
+
+    Example:
+        >>> moods = Target("moods", "multilabel", ("sad", "slow"), separator="; ")
+        >>> separators(Schema((), (moods, Target("tags", "multilabel", ("a|b", "c")))))
+        {'moods': '; ', 'tags': 'json'}
+    """
+    found = {}
+    for target in schema.targets:
+        if target.task == "multilabel":
+            between = target.separator or BAR
+            found[target.name] = JSON if any(between.strip() in name for name in target.classes) else between
+    return found
 
 
-def has_bars(schema: Schema) -> bool:
-    """Whether any label has a bar in it."""
-    return any(JOINED in name for target in schema.targets if target.task == "multilabel" for name in target.classes)
+def flat(table: pa.Table, separators: Mapping[str, str]) -> pa.Table:
+    """Lists of labels as texts, ``red|round``, for files whose cells hold no lists."""
+    names, columns = table.column_names, table.columns
+    put = [_joined(c, separators[n]) if pa.types.is_list(c.type) else c for n, c in zip(names, columns, strict=True)]
+    return pa.table(put, names=names)
 
 
-def _joined(column: pa.ChunkedArray, barred: bool) -> pa.Array:
-    cells = column.to_pylist()
-    join: Callable[[list[str]], str] = partial(json.dumps, ensure_ascii=False) if barred else JOINED.join
-    return pa.array([None if cell is None else join(cell) for cell in cells], pa.string())
+def _joined(column: pa.ChunkedArray, between: str) -> pa.Array:
+    join: Callable[[list[str]], str] = partial(json.dumps, ensure_ascii=False) if between == JSON else between.join
+    return pa.array([None if cell is None else join(cell) for cell in column.to_pylist()], pa.string())
 
 
 def _labels(target: Target, p: Tensor, cut: float | dict[str, float] | None) -> pa.Array:

@@ -14,27 +14,29 @@ from hesse.multimodal import FusedModel, Schema, encoders
 from hesse.multimodal.balance import CURES, Cure, Pool
 from hesse.training.losses import loss_of
 
-__all__ = ["build_model", "is_too_wide", "plain", "refuse_balance", "training_loss"]
+__all__ = ["build_model", "plain", "refuse_balance", "training_loss"]
 
 CLASSES_ONLY = ("ogm-ge", "pmr")
 
 
-def refuse_balance(name: str, schema: Schema | None = None) -> None:
-    """Raise :class:`InputError` unless there is a cure of that name, and one for the targets of ``schema``."""
+def refuse_balance(name: str, optimizer: str, schema: Schema | None = None) -> None:
+    """Raise :class:`InputError` unless there is such a cure, for the optimizer and the targets of ``schema``."""
     if name not in (*CURES, "none"):
         names = ", ".join(CURES)
         message = f"There is no cure {name!r} for modalities that starve."
         raise InputError("no such cure", "balance", message, f"Choose from {names} and none.", name)
-    if schema is None or name not in CLASSES_ONLY or [t.task for t in schema.targets] == ["classification"]:
+    if schema is None:
         return
-    message = f"{name} compares modalities by the probability of the right class, and needs one target with classes."
-    raise InputError("unsuitable cure", "balance", message, "Choose pool, heads, gblend, mmpareto or none.", name)
-
-
-def is_too_wide(schema: Schema, settings: Mapping[str, Any]) -> bool:
-    """Whether K-FAC would have to form blocks of curvature wider than it can: a cure has outputs for each modality."""
-    modalities = len(schema.modalities)
-    return settings.get("optimizer") == "kfac" and schema.outputs * (1 + modalities) + modalities > WIDEST
+    if name in CLASSES_ONLY and [target.task for target in schema.targets] != ["classification"]:
+        message = (
+            f"{name} compares modalities by the probability of the right class, and needs one target with classes."
+        )
+        raise InputError("unsuitable cure", "balance", message, "Choose pool, heads, gblend, mmpareto or none.", name)
+    if name == "pmr" and optimizer == "kfac" and schema.outputs > WIDEST:
+        message = (
+            f"pmr with kfac is for up to {WIDEST} classes, for the curvature of an entropy is that of all of them."
+        )
+        raise InputError("unsuitable cure", "balance", message, "Choose pool, or soap.", schema.outputs)
 
 
 def build_model(schema: Schema, settings: Mapping[str, Any]) -> FusedModel:
@@ -48,7 +50,7 @@ def build_model(schema: Schema, settings: Mapping[str, Any]) -> FusedModel:
     answers = [(target.task, target.width) for target in schema.targets]
     model = FusedModel(schema.model_settings(), schema.outputs, fusion, answers, _prior(schema))
     name = settings.get("balance", "none")
-    if name == "none" or len(model.encoders) < 2 or is_too_wide(schema, settings):
+    if name == "none" or len(model.encoders) < 2:
         return model
     widths = dict.fromkeys(model.encoders, encoders.FEATURES)
     if name == "pool":

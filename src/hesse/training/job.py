@@ -20,7 +20,7 @@ from hesse.multimodal import Dataset, Schema, Table, encode, make_schema, read_t
 from hesse.multimodal.split import Parts
 from hesse.multimodal.stream import open_source
 from hesse.training import call
-from hesse.training.build import build_model, is_too_wide, refuse_balance
+from hesse.training.build import build_model, refuse_balance
 from hesse.training.checkpoint import CHECKPOINT
 from hesse.training.choose import choose_fusion, refuse_fusion
 from hesse.training.contribution import contribute
@@ -178,7 +178,7 @@ def train(
     settings = call.DEFAULTS | given
     refuse_optimizer(settings["optimizer"], settings["lr"], settings["weight_decay"])
     refuse_fusion(settings["fusion"])
-    refuse_balance(settings["balance"])
+    refuse_balance(settings["balance"], settings["optimizer"])
     for name in settings["compare"]:
         refuse_optimizer(name)
 
@@ -186,10 +186,7 @@ def train(
     if resumed is not None:
         settings["fusion"] = resumed.config.get("fusion", "concat")  # what was chosen then
         settings["balance"] = resumed.config.get("balance", "none")
-    refuse_balance(settings["balance"], plan.schema)
-    if settings["balance"] != "none" and len(plan.schema.modalities) > 1 and is_too_wide(plan.schema, settings):
-        screen.say(f"{plan.schema.outputs} outputs are too many for kfac with a cure: balance is none (soap takes any)")
-        settings["balance"] = "none"
+    refuse_balance(settings["balance"], settings["optimizer"], plan.schema)
     if settings["fusion"] == "auto":
         settings |= choose_fusion(plan, settings, screen)
 

@@ -21,6 +21,7 @@ from hesse import tree
 from hesse.finding import Finding
 from hesse.health.monitor import Monitor
 from hesse.multimodal import Dataset, FusedModel, Schema
+from hesse.multimodal.balance.cure import CureLoss
 from hesse.objective import closure
 from hesse.objective.replicas import Replicas
 from hesse.training.average import averaged
@@ -136,13 +137,16 @@ def batches(plan: Plan, state: State) -> Iterator[Batch]:
 
 
 def take_step(plan: Plan, state: State, batch: Batch) -> float:
-    """One optimiser step on a batch, of which each process computes its share; returns the loss before it."""
+    """One optimiser step on a batch, of which each process computes its share; returns the answer's loss before it."""
     began = time.perf_counter()
     if state.seen == 0:
         before_epoch(plan.schema, state.model, plan.data, plan.positions)
     prepared = state.model.prepare(batch.inputs), batch.targets
     loss_fn = training_loss(plan.schema, state.model)
     loss = float(state.optimizer.step(closure(state.replica, loss_fn, prepared)))  # type: ignore[arg-type]
+    lowered = loss
+    if isinstance(loss_fn, CureLoss) and loss_fn.fused is not None:  # a sum of losses: validation's compares with one
+        (loss,) = Replicas(state.replica).mean(loss_fn.fused)
     state.average.update_parameters(state.model)
     state.step += 1
     state.batch += 1
@@ -151,7 +155,7 @@ def take_step(plan: Plan, state: State, batch: Batch) -> float:
     took, waited = Replicas(state.replica).largest([time.perf_counter() - began, batch.waited])
     state.seconds += took + waited
     state.waited += waited
-    state.monitor.step(loss=loss)
+    state.monitor.step(loss=lowered)
     group = state.optimizer.param_groups[0]
     tuned = {name: float(group[name]) for name in TUNED if name in group}
     _keep(state.steps, {"step": state.step, "seconds": state.seconds, "loss": loss, **tuned})

@@ -86,7 +86,7 @@ def learn(
     settings = call.DEFAULTS | call.given(**settings)
     refuse_optimizer(settings["optimizer"], settings["lr"], settings["weight_decay"])
     refuse_fusion(settings["fusion"])
-    refuse_balance(settings["balance"])
+    refuse_balance(settings["balance"], settings["optimizer"])
     screen = screen or Screen(quiet=True)
     # A column that says "train" in every row: a tenth of them is set aside to validate, and none to test.
     split = unused("split", source.names)
@@ -100,7 +100,7 @@ def learn(
         root=root,
         **call.for_schema({**settings, "columns": columns}),
     )
-    refuse_balance(settings["balance"], schema)
+    refuse_balance(settings["balance"], settings["optimizer"], schema)
     data = encode(schema, marked, root=root, skip_bad_rows=settings["skip_bad_rows"])
     plan = make_plan(settings, schema, data, parts, source.name)
     if settings["fusion"] == "auto":

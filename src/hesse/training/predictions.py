@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,20 +48,20 @@ class _Sink(Protocol):
 
 
 @contextmanager
-def written(path: Path | None, barred: bool) -> Iterator[Callable[[pa.Table], None]]:
+def written(path: Path | None, separators: Mapping[str, str]) -> Iterator[Callable[[pa.Table], None]]:
     """Give a function that takes tables of the same columns, one after the other; when the block ends well, they are
     the file ``path``, or CSV on stdout.
 
     Args:
         path: with one of the endings that :func:`refuse_path` lets pass, or None.
-        barred: whether any label has a bar in it, so that a cell of a CSV file takes a list of them as JSON.
+        separators: of the labels in a cell of a CSV file, as :func:`~hesse.training.answers.separators` has them.
     """
     if path is None:
-        sink = _Csv(sys.stdout.buffer, barred)
+        sink = _Csv(sys.stdout.buffer, separators)
         yield sink.write
         sink.close()
         return
-    kinds: dict[str, Callable[[Any], _Sink]] = {".csv": lambda file: _Csv(file, barred), ".parquet": _Parquet}
+    kinds: dict[str, Callable[[Any], _Sink]] = {".csv": lambda file: _Csv(file, separators), ".parquet": _Parquet}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         chosen = kinds.get(path.suffix.lower(), _JsonLines)(file)
         yield chosen.write
@@ -69,12 +69,12 @@ def written(path: Path | None, barred: bool) -> Iterator[Callable[[pa.Table], No
 
 
 class _Csv:
-    def __init__(self, file: Any, barred: bool) -> None:
-        self._file, self._barred = file, barred
+    def __init__(self, file: Any, separators: Mapping[str, str]) -> None:
+        self._file, self._separators = file, separators
         self._writer: Any = None
 
     def write(self, table: pa.Table) -> None:
-        table = flat(table, self._barred)
+        table = flat(table, self._separators)
         if self._writer is None:
             self._writer = pyarrow.csv.CSVWriter(self._file, table.schema)
         self._writer.write_table(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 import hesse
 from balanced_models import SIZES, THREE, WIDTHS, Towers, batch, loss_by_rows, make
-from hesse.curvature import output_curvature
+from hesse.curvature.output import output_curvature, term_gradients
 from hesse.multimodal.balance import OGMGE, PMR, GBlend, Heads, MMPareto, Pool
 
 # torch itself warns so when forward mode is first used in a process
@@ -102,17 +103,28 @@ def test_every_optimiser_trains_with_every_cure(name: str, optimizer: str) -> No
     assert float(F.cross_entropy(cure.model(**inputs), targets).detach()) < 0.98 * before
 
 
-def test_curvature_at_the_outputs_is_the_hessian_of_the_loss() -> None:
-    cure = begun(Heads)
-    inputs, targets = batch(6, absent=True)
-    outputs = cure(**inputs).detach()
-    loss_fn = cure.loss(F.cross_entropy)
+WEIGHTED = functools.partial(F.cross_entropy, weight=torch.tensor([0.5, 2.0, 1.0, 0.2]).double())
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, WEIGHTED], ids=["plain", "class weights"])
+@pytest.mark.parametrize("name", CURES)
+def test_curvature_at_the_outputs_is_the_hessian_of_the_loss(name: str, loss: Any) -> None:
+    cure = begun(CURES[name])
+    inputs, targets = batch(7, absent=True)
+    loss_fn = cure.loss(loss)
+    made = cure(**inputs)
+    loss_fn(made, targets)  # so that what depends on the batch is set
+    outputs = made.detach()
     u = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     dense = torch.autograd.functional.hessian(lambda o: loss_fn(o, targets), outputs)
     wanted = (dense.flatten(2).flatten(0, 1) @ u.flatten()).view_as(u)
     curvature = output_curvature(loss_fn, outputs, targets)
     torch.testing.assert_close(curvature.product(u), wanted)
     assert not wanted[:, -2:].any()  # that somebody is present is no output
+    assert curvature.reduction == "mean"
+    leaf = outputs.requires_grad_()
+    (slope,) = torch.autograd.grad(loss_fn(leaf, targets), leaf)
+    torch.testing.assert_close(term_gradients(loss_fn, outputs, targets, curvature), slope * len(targets))
 
 
 @pytest.mark.parametrize("name", ["heads", "gblend", "mmpareto"])

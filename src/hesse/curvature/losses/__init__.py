@@ -1,8 +1,8 @@
 """The losses of torch.nn whose curvature at the outputs is known in closed form, and reasons for the others.
 
 One family a file: :mod:`.categorical` (one class of many), :mod:`.elementwise` (sums over elements), :mod:`.margin`
-(squared margins), :mod:`.several` (some of these side by side); :mod:`.own` differentiates a user's own loss. A new
-loss is one function and one line in ``FORMS``.
+(squared margins), :mod:`.several` (some of these side by side); :mod:`.own` differentiates a user's own loss, and
+:mod:`.summed` puts together one that says what it is a sum of. A new loss is one function and one line in ``FORMS``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import nn
 from hesse.curvature.losses import categorical, elementwise, margin, several
 from hesse.curvature.losses.base import OutputCurvature
 from hesse.curvature.losses.own import own_loss
+from hesse.curvature.losses.summed import Summand, summed
 
-__all__ = ["FORMS", "MODULES", "REFUSED", "OutputCurvature", "function_of", "own_loss"]
+__all__ = ["FORMS", "MODULES", "REFUSED", "OutputCurvature", "Summand", "function_of", "own_loss", "summed"]
 
 FORMS: dict[Callable[..., Any], Callable[..., OutputCurvature]] = {
     F.cross_entropy: categorical.cross_entropy,

@@ -1,9 +1,8 @@
 """Several losses side by side: each has some of the outputs and a target of its own, and they are added up.
 
 With o_k the outputs of part k, the loss of n examples is ``1/n sum_k factor_k * loss_k(o_k, t_k)``, each loss_k a sum
-over examples. No term of one part knows of the outputs of another, so H_L is block diagonal in the parts, and products,
-draws and roots are those of the parts, side by side. (The parts of a draw are independent and of mean zero, so they do
-not correlate.) One part is the loss itself.
+over examples. No term of one part knows of the outputs of another, so H_L is block diagonal in the parts. One part is
+the loss itself.
 
 The mean is over all examples, whether or not they have every target, so that the loss of a batch is the mean of those
 of its halves; a rare target is made up for by its factor.
@@ -11,19 +10,18 @@ of its halves; a rare target is made up for by its factor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
-from hesse.curvature.losses.base import OutputCurvature, count, plain
+from hesse.curvature.losses.base import OutputCurvature, plain
 from hesse.curvature.losses.categorical import cross_entropy
 from hesse.curvature.losses.elementwise import binary_cross_entropy_with_logits, mse_loss
+from hesse.curvature.losses.summed import Summand, summed
 
-__all__ = ["Part", "Several", "several_losses", "several_losses_curvature"]
+__all__ = ["Part", "several_losses", "several_losses_curvature"]
 
 CURVATURES: dict[Callable[..., Tensor], Callable[..., OutputCurvature]] = {
     F.cross_entropy: cross_entropy,
@@ -86,59 +84,16 @@ def several_losses(outputs: Tensor, targets: Sequence[Tensor], parts: Sequence[P
     return total / outputs.shape[0]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Several(OutputCurvature):
-    """H_L of :func:`several_losses`.
-
-    Args:
-        parts: factor and curvature of each, with its own width of outputs, which are dimension 1.
-        widths: how many outputs each has.
-    """
-
-    parts: tuple[tuple[float, OutputCurvature], ...]
-    widths: tuple[int, ...]
-
-    def product(self, u: Tensor) -> Tensor:
-        return self._applied(u, lambda part: part.product)
-
-    def fisher(self, u: Tensor) -> Tensor:
-        return self._applied(u, lambda part: part.fisher)
-
-    def draw(self, generator: Generator | None = None) -> Tensor:
-        return torch.cat([factor**0.5 * part.draw(generator) for factor, part in self.parts], 1)
-
-    def label(self, generator: Generator | None = None) -> Tensor:
-        return torch.cat([factor**0.5 * part.label(generator) for factor, part in self.parts], 1)
-
-    def root(self) -> Iterator[Tensor]:
-        return self._padded(part.root() for _, part in self.parts)
-
-    def fisher_root(self) -> Iterator[Tensor]:
-        return self._padded(part.fisher_root() for _, part in self.parts)
-
-    def _applied(self, u: Tensor, how: Callable[[OutputCurvature], Callable[[Tensor], Tensor]]) -> Tensor:
-        pairs = zip(self.parts, u.split(self.widths, 1), strict=True)
-        return self.weight * torch.cat([factor * how(part)(own) for (factor, part), own in pairs], 1)
-
-    def _padded(self, columns: Iterator[Iterator[Tensor]]) -> Iterator[Tensor]:
-        start = 0
-        for (factor, _), own, width in zip(self.parts, columns, self.widths, strict=True):
-            for s in own:
-                yield F.pad((self.weight * factor) ** 0.5 * s, (start, sum(self.widths) - start - width))
-            start += width
-
-
 def several_losses_curvature(outputs: Tensor, targets: Sequence[Tensor], parts: Sequence[Part]) -> OutputCurvature:
     _refuse_widths(outputs, targets, parts)
-    widths = tuple(part.width for part in parts)
-    found = []
-    for part, own, target in zip(parts, outputs.split(widths, 1), targets, strict=True):
-        known, options = part.options(own, plain(target))
-        curvature = CURVATURES[part.loss]
-        found.append((part.factor, curvature(own, known, reduction="sum", **options)))
-    counts = count("several_losses", "mean", outputs.shape[0])
-    psd = all(part.psd for _, part in found)
-    return Several(**counts, psd=psd, axes=(1,), parts=tuple(found), widths=widths)
+    summands, start = [], 0
+    for part, target in zip(parts, targets, strict=True):
+        columns = slice(start, start + part.width)
+        known, options = part.options(outputs[:, columns], plain(target))
+        curvature = CURVATURES[part.loss](outputs[:, columns], known, reduction="sum", **options)
+        summands.append(Summand(part.factor / outputs.shape[0], curvature, columns))
+        start += part.width
+    return summed("several_losses", outputs, summands)
 
 
 def _refuse_widths(outputs: Tensor, targets: Sequence[Tensor], parts: Sequence[Part]) -> None:

@@ -13,13 +13,13 @@ model and a plain loss. In eval mode it is the model: it answers, as networks wi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FUSED", "Batch", "Cure", "LossFn", "rows"]
+__all__ = ["FUSED", "Batch", "Cure", "CureLoss", "LossFn", "chosen", "rows"]
 
 FUSED = "fused"  # the name of the fused output beside those of the modalities
 MARK = "hesse.balance"  # on the node of the graph that made a cure's outputs
@@ -167,7 +167,7 @@ class Cure(nn.Module, ABC):
         here = outputs[:, -m:] > 0.5
         return dict(zip((FUSED, *self.widths), parts, strict=True)), dict(zip(self.widths, here.unbind(1), strict=True))
 
-    def loss(self, loss_fn: LossFn, own: Mapping[str, LossFn] | None = None) -> LossFn:
+    def loss(self, loss_fn: LossFn, own: Mapping[str, LossFn] | None = None) -> CureLoss:
         """``w_0 * fused + sum_m w_m * own_m`` as a function of this cure's outputs and of targets.
 
         Each is a mean over all rows, to which those without a modality add nothing to its own.
@@ -176,40 +176,17 @@ class Cure(nn.Module, ABC):
             loss_fn: of the model's outputs and of targets, a mean over rows.
             own: losses of single modalities that are not ``loss_fn``.
         """
-
-        def total(outputs: Tensor, targets: Any) -> Tensor:
-            parts, present = self.split(outputs)
-            if live := self.training and outputs.requires_grad and torch.is_grad_enabled() and _made_by_cure(outputs):
-                with torch.no_grad():
-                    self.adapt(parts, present, targets)
-            value = self.total(loss_fn, own or {}, parts, present, targets)
-            if live:
-                value.register_hook(self._mean_it)
-            return value
-
-        total.__name__ = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-        return total
+        return CureLoss(self, loss_fn, own or {})
 
     def adapt(self, parts: Mapping[str, Tensor], present: Mapping[str, Tensor], targets: Any) -> None:
         """Set what depends on this batch. Once a step, at its start: trial points see the same loss."""
 
-    def total(
-        self,
-        loss_fn: LossFn,
-        own: Mapping[str, LossFn],
-        parts: Mapping[str, Tensor],
-        present: Mapping[str, Tensor],
-        targets: Any,
-    ) -> Tensor:
-        """The loss, from what :meth:`split` gives."""
+    def losses_of(self, loss_fn: LossFn, own: Mapping[str, LossFn]) -> Iterator[tuple[float, LossFn, str]]:
+        """What the loss is the sum of: a factor, a loss, and whose outputs it is of, ``"fused"`` or a modality."""
         weights = self.weights.tolist()
-        value = weights[0] * loss_fn(parts[FUSED], targets)
+        yield weights[0], loss_fn, FUSED
         for key, weight in zip(self.modalities, weights[1:], strict=True):
-            if weight and bool(present[key].any()):
-                # A mean over all rows: the loss of a batch is then that of its halves, on one process or on two.
-                share = float(present[key].double().mean())
-                value = value + weight * share * own.get(key, loss_fn)(*rows(present[key], parts[key], targets))
-        return value
+            yield weight, own.get(key, loss_fn), key
 
     @torch.no_grad()
     def losses(
@@ -240,17 +217,67 @@ class Cure(nn.Module, ABC):
             self._meant.discard(key)
         return found
 
-    def _mean_it(self, gradient: Tensor) -> None:
+    def mean_it(self) -> None:
+        """The next gradient at each modality's features is that of the loss."""
         self._meant = set(self.widths)
+
+
+class CureLoss:
+    """The loss of a cure. It says what it is the sum of, so that its curvature is known where theirs is.
+
+    Args:
+        cure, loss_fn, own: see :meth:`Cure.loss`.
+
+    Attributes:
+        fused: the loss of the fused outputs alone at the start of the first step: what others' losses compare with.
+    """
+
+    def __init__(self, cure: Cure, loss_fn: LossFn, own: Mapping[str, LossFn]) -> None:
+        self.cure, self.loss_fn, self.own = cure, loss_fn, own
+        self.fused: float | None = None
+        self.__name__ = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+
+    def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
+        cure = self.cure
+        if live := cure.training and outputs.requires_grad and torch.is_grad_enabled() and _made_by_cure(outputs):
+            with torch.no_grad():
+                cure.adapt(*cure.split(outputs), targets)
+                if self.fused is None:
+                    self.fused = float(self.loss_fn(outputs[:, cure.answer_columns], targets))
+        value = outputs.new_zeros(())
+        for factor, loss_fn, columns, places, actual in self.summands(outputs, targets):
+            part = outputs[:, columns] if places is None else outputs[:, columns].index_select(0, places)
+            value = value + factor * loss_fn(part, actual)
+        if live:
+            value.register_hook(lambda gradient: cure.mean_it())
+        return value
+
+    def summands(self, outputs: Tensor, targets: Any) -> Iterator[tuple[float, LossFn, slice, Tensor | None, Any]]:
+        """``(factor, loss_fn, columns, rows, targets)`` of each loss: of ``outputs[rows, columns]`` and its targets."""
+        cure = self.cure
+        present = cure.split(outputs)[1]
+        for factor, loss_fn, key in cure.losses_of(self.loss_fn, self.own):
+            place = (FUSED, *cure.modalities).index(key) * cure.outputs
+            columns = slice(place, place + cure.outputs)
+            here = None if key == FUSED else present[key]
+            if not factor or not (here is None or bool(here.any())):
+                continue
+            if here is None or bool(here.all()):
+                yield factor, loss_fn, columns, None, targets
+            else:
+                # A mean over all rows: the loss of a batch is then that of its halves, on one process or on two.
+                share = float(here.double().mean())
+                yield share * factor, loss_fn, columns, here.nonzero()[:, 0], chosen(here, targets)
 
 
 def rows(present: Tensor, outputs: Tensor, targets: Any) -> tuple[Tensor, Any]:
     """Outputs and targets of the rows that are present; targets are a tensor or a tuple of them."""
-    if bool(present.all()):
-        return outputs, targets
-    if isinstance(targets, tuple | list):
-        return outputs[present], type(targets)(t[present] for t in targets)
-    return outputs[present], targets[present]
+    return (outputs, targets) if bool(present.all()) else (outputs[present], chosen(present, targets))
+
+
+def chosen(rows: Tensor, targets: Any) -> Any:
+    """Of these rows, a tensor or several."""
+    return type(targets)(t[rows] for t in targets) if isinstance(targets, tuple | list) else targets[rows]
 
 
 def _made_by_cure(outputs: Tensor) -> bool:

@@ -6,7 +6,7 @@ What a tower is ahead by is asked of the model itself: how sure it is of the rig
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -103,15 +103,8 @@ class OGMGE(Cure):
             ratio = s[m] / others.mean()
             self.factors[m] = 1 - torch.tanh(self.alpha * ratio) if float(ratio) > 1 else 1.0
 
-    def total(
-        self,
-        loss_fn: LossFn,
-        own: Mapping[str, LossFn],
-        parts: Mapping[str, Tensor],
-        present: Mapping[str, Tensor],
-        targets: Any,
-    ) -> Tensor:
-        return loss_fn(parts[FUSED], targets)
+    def losses_of(self, loss_fn: LossFn, own: Mapping[str, LossFn]) -> Iterator[tuple[float, LossFn, str]]:
+        yield 1.0, loss_fn, FUSED
 
 
 def classes(cure: Cure, targets: Any) -> None:

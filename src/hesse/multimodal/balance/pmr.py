@@ -6,7 +6,7 @@ features of each class, as in few-shot learning (Snell et al., 2017).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -125,23 +125,15 @@ class PMR(Cure):
             self.ahead[m] = (ratio - 1).clamp(0, 1)
             self.weights[1 + m] = self.alpha * (1 / ratio - 1).clamp(0, 1)
 
-    def total(
-        self,
-        loss_fn: LossFn,
-        own: Mapping[str, LossFn],
-        parts: Mapping[str, Tensor],
-        present: Mapping[str, Tensor],
-        targets: Any,
-    ) -> Tensor:
-        value = loss_fn(parts[FUSED], targets)
+    def losses_of(self, loss_fn: LossFn, own: Mapping[str, LossFn]) -> Iterator[tuple[float, LossFn, str]]:
+        yield 1.0, loss_fn, FUSED
         entropies = int(self.epochs) <= self.early
         for key, weight, ahead in zip(self.modalities, self.weights[1:].tolist(), self.ahead.tolist(), strict=True):
-            if not bool(present[key].any()):
-                continue
-            logits, labels = rows(present[key], parts[key], targets)
-            if weight:
-                value = value + weight * F.cross_entropy(logits, labels)
-            if ahead and entropies:
-                logs = logits.log_softmax(1)
-                value = value + self.mu * ahead * (logs.exp() * logs).sum(1).mean()
-        return value
+            yield weight, F.cross_entropy, key
+            yield self.mu * ahead * entropies, negative_entropy, key
+
+
+def negative_entropy(logits: Tensor, targets: Any) -> Tensor:
+    """The mean over rows of ``sum_c p_c log p_c``, whatever the targets are."""
+    logs = logits.log_softmax(1)
+    return (logs.exp() * logs).sum(1).mean()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesse.multimodal.balance.cure import FUSED, Batch, LossFn
+from hesse.multimodal.balance.cure import FUSED, Batch, LossFn, chosen
 from hesse.multimodal.balance.heads import Heads
 from hesse.multimodal.balance.shares import best_constant, pooled, shares
 
@@ -107,7 +107,7 @@ class Pool(Heads):
         """The pooled answer ``[B, outputs]``."""
         here = torch.stack([present[key] for key in self.modalities], dim=1)
         outputs = torch.stack(self._experts(features, present))
-        v = self.v[self._combination(here)] if self._every else self.v.expand(len(here), -1, -1)
+        v = self.v[self._combination(here)] if self._every else self.v.expand(here.shape[0], -1, -1)
         v = torch.cat([v[:, :1], v[:, 1:] * here[:, :, None]], dim=1)
         return pooled(outputs, self.base.to(outputs), v[:, :, self._target].to(outputs))
 
@@ -159,9 +159,9 @@ class Pool(Heads):
         loss_fn: LossFn,
     ) -> Tensor:
         """The shares ``[1 + modalities, T]`` of one combination, from rows that have all its members."""
-        chosen = [0, *(1 + m for m in members)]
+        voters = [0, *(1 + m for m in members)]
         prior = torch.zeros_like(self.v[0], dtype=torch.float64)
-        prior[chosen] = PRIOR
+        prior[voters] = PRIOR
         rows = here[:, list(members)].all(1)
         if not bool(rows.any()):
             return prior
@@ -170,15 +170,15 @@ class Pool(Heads):
             key: torch.full((int(rows.sum()),), m in members, device=here.device)
             for m, key in enumerate(self.modalities)
         }
-        outputs = torch.stack(self._experts(seen, only))[chosen].double()
-        base, some = self.base.double(), _select(targets, rows)
+        outputs = torch.stack(self._experts(seen, only))[voters].double()
+        base, some = self.base.double(), chosen(rows, targets)
 
         def mean(o: Tensor) -> Tensor:
             return loss_fn(o, some)
 
         v = torch.zeros_like(prior)
         target = torch.tensor(self._target, device=here.device)
-        v[chosen] = shares(mean, outputs, base, prior[chosen], target)
+        v[voters] = shares(mean, outputs, base, prior[voters], target)
         if len(members) == 1:
             return v
         singles = []
@@ -186,14 +186,14 @@ class Pool(Heads):
             w = torch.zeros_like(prior)
             w[1 + m] = shares(mean, outputs[i : i + 1], base, torch.ones_like(prior[:1]), target)[0]
             singles.append(w)
-        answers = [pooled(outputs, base, w[chosen][:, target]) for w in singles]
-        together = pooled(outputs, base, v[chosen][:, target])
+        answers = [pooled(outputs, base, w[voters][:, target]) for w in singles]
+        together = pooled(outputs, base, v[voters][:, target])
         best = min(range(len(singles)), key=lambda i: float(mean(answers[i])))
         gain = torch.tensor(
             [
                 float(loss_fn(answers[best][part], few)) - float(loss_fn(together[part], few))
                 for part in torch.arange(len(together)).chunk(CHUNKS)
-                for few in [_select(some, part)]
+                for few in [chosen(part, some)]
             ]
         )
         gain = gain[gain.isfinite()]  # rows may lack the target
@@ -230,7 +230,3 @@ class Pool(Heads):
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def _select(targets: Any, rows: Tensor) -> Any:
-    return tuple(t[rows] for t in targets) if isinstance(targets, tuple) else targets[rows]
