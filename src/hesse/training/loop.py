@@ -29,7 +29,7 @@ from hesse.training.balance import before_epoch, fit_answer
 from hesse.training.build import training_loss
 from hesse.training.evaluate import known_targets, mean_score, outputs
 from hesse.training.feed import Batch, Feed, Held, skipped_rows
-from hesse.training.losses import loss_of
+from hesse.training.losses import Scaled, loss_of
 from hesse.training.team import Team
 
 __all__ = ["Plan", "State", "batches", "diverged", "epochs", "finished", "judge", "start", "take_step"]
@@ -143,10 +143,12 @@ def take_step(plan: Plan, state: State, batch: Batch) -> float:
         before_epoch(plan.schema, state.model, plan.data, plan.positions)
     prepared = state.model.prepare(batch.inputs), batch.targets
     loss_fn = training_loss(plan.schema, state.model)
-    loss = float(state.optimizer.step(closure(state.replica, loss_fn, prepared)))  # type: ignore[arg-type]
-    lowered = loss
+    mine = _rows(batch.targets)
+    factor = mine / Replicas(state.replica).mean(mine)[0]  # gradients are averaged over processes, whatever their rows
+    shared = loss_fn if factor == 1 else Scaled(loss_fn, factor)
+    lowered = loss = float(state.optimizer.step(closure(state.replica, shared, prepared)))  # type: ignore[arg-type]
     if isinstance(loss_fn, CureLoss) and loss_fn.fused is not None:  # a sum of losses: validation's compares with one
-        (loss,) = Replicas(state.replica).mean(loss_fn.fused)
+        (loss,) = Replicas(state.replica).mean(factor * loss_fn.fused)
     state.average.update_parameters(state.model)
     state.step += 1
     state.batch += 1
@@ -160,6 +162,10 @@ def take_step(plan: Plan, state: State, batch: Batch) -> float:
     tuned = {name: float(group[name]) for name in TUNED if name in group}
     _keep(state.steps, {"step": state.step, "seconds": state.seconds, "loss": loss, **tuned})
     return loss
+
+
+def _rows(targets: Tensor | tuple[Tensor, ...] | None) -> int:
+    return 0 if targets is None else len(targets[0] if isinstance(targets, tuple) else targets)
 
 
 def judge(plan: Plan, state: State) -> dict[str, Any]:
