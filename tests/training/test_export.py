@@ -57,7 +57,8 @@ def arrays_of(run: hesse.Run, frame: Any, root: Path) -> dict[str, Any]:
             arrays[key] = values.numpy()
         else:
             names = ("numbers", "categories") if key == "columns" else ("pictures", "counts")
-            arrays |= {f"{key}.{name}": part.numpy() for name, part in zip(names, values, strict=True)}
+            pairs = zip(names, values, strict=True)  # a table without categories has no such input
+            arrays |= {f"{key}.{name}": part.numpy() for name, part in pairs if part.shape[1:].numel()}
     return arrays
 
 
@@ -221,11 +222,14 @@ def test_features_of_a_frozen_model_are_an_input_and_a_model_that_trained_along_
     assert error.value.finding.where == "column 'said'" and not (run.folder / "model.onnx").exists()
 
 
-def test_a_cure_for_starving_modalities_goes_along(tmp_path: Path) -> None:
-    columns = {"x": [0.1 * i for i in range(40)], "kind": ["a", "b"] * 20, "said": ["oh " * (i % 5) for i in range(40)]}
-    run = hesse.train(
-        pa.table(columns), "kind", out=tmp_path / "run", balance="pool", epochs=1, optimizer="adamw", verbose=False
-    )
+@pytest.mark.parametrize("texts", [1, 5])  # of up to five modalities every combination has shares of its own
+def test_a_cure_for_starving_modalities_goes_along(tmp_path: Path, texts: int) -> None:
+    columns: dict[str, list[Any]] = {"x": [0.1 * i for i in range(40)], "kind": ["a", "b"] * 20}
+    columns |= {f"said {k}": [f"{'oh ' * (i % 5)}{i * k}" for i in range(40)] for k in range(texts)}
+    options: dict[str, Any] = {"balance": "pool", "epochs": 1, "optimizer": "adamw", "verbose": False}
+    kinds = {name: "text" for name in columns if name.startswith("said")}
+    run = hesse.train(pa.table(columns), "kind", out=tmp_path / "run", columns=kinds, **options)
+    assert len(run.schema.modalities) == texts + 1
     (probability,) = session(export(run)).run(["probabilities"], arrays_of(run, pa.table(columns), tmp_path))
     expected = run.predict(pa.table(columns))["probability of b"].to_numpy()
     assert np.abs(probability[:, 1] - expected).max() < 1e-5
