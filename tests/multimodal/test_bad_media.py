@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,25 @@ def test_columns_exchanged_at_prediction_are_named(folder: Path) -> None:
 def test_one_column_of_other_files_is_named_by_its_first_row(folder: Path) -> None:
     with pytest.raises(InputError, match=r"row 1, column 'photo' \(0.wav\).*this is a sound \(WAV\).*29 of the other"):
         encode(trained(folder), pets("wav"), root=folder, with_target=False)
+
+
+@pytest.mark.parametrize("many", [8, 15, 20])
+def test_columns_exchanged_in_some_rows_are_named(folder: Path, many: int) -> None:
+    photo, sound = ([f"{i}.{end if i >= many else other}" for i in range(N)] for end, other in EXCHANGED)
+    table = table_of(photo=photo, sound=sound, y=["a", "b"] * (N // 2))
+    with pytest.raises(InputError, match=r"mixed column at data frame, row \d+, column 'photo'") as caught:
+        make_schema(table, "y", root=folder)
+    images, sounds = N - many, many
+    more, less = ("image", "audio") if images > sounds else ("audio", "image")
+    assert f"{max(images, sounds)} values are paths of {more} files and {min(images, sounds)} of {less}" in str(
+        caught.value
+    )
+    assert "exchanged with another column" in str(caught.value)
+    schema, _ = make_schema(table, "y", root=folder, overrides={"photo": "ignore", "sound": "text"})
+    assert [c.kind for c in schema.inputs] == ["text"]
+
+
+EXCHANGED = (("png", "wav"), ("wav", "png"))
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
@@ -146,12 +165,11 @@ def test_an_hour_of_sound_is_read_within_bounds(folder: Path) -> None:
     assert soundfile.info(folder / "0.wav").duration == 3600
     schema = trained(folder)
     assert schema.columns[1].settings["samples"] == 400
-    began = time.monotonic()
+    assert schema.columns[1].reason == "paths of audio files, of longer ones the loudest 0.05 s"
     tracemalloc.start()
     sounds, _ = encode(schema, pets(), root=folder).inputs["audio_sound"]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert time.monotonic() - began < 20
     assert peak < 120e6  # of samples alone the hour has 230 MB
     assert sounds[0].abs().max() == 32767  # where something is heard
 
@@ -172,14 +190,19 @@ def test_the_loudest_stretch_of_a_long_file_is_that_of_the_whole(
     assert (len(stretch), rate) == (8000, 8000)
 
 
-def test_a_text_of_a_million_characters_takes_no_longer_than_its_beginning(folder: Path) -> None:
+def test_of_a_text_of_a_million_characters_only_the_beginning_is_looked_at(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stories = [f"story {i} " * (150_000 if i in (3, 17) else 3) for i in range(N)]
     assert len(stories[17]) > 1_000_000
-    began = time.monotonic()
+    seen: list[int] = []
+    normalize = unicodedata.normalize
+    monkeypatch.setattr(unicodedata, "normalize", lambda form, s: seen.append(len(s)) or normalize(form, s))
     table = table_of(story=stories, y=["a", "b"] * (N // 2))
     schema, _ = make_schema(table, "y", root=folder)
     codes, _ = encode(schema, table, root=folder).inputs["text_story"]
-    assert time.monotonic() - began < 5
+    assert seen and max(seen) <= 4 * text.LONGEST
+    assert "of longer ones the first 256 characters" in schema.columns[0].reason
     assert codes.shape == (N, text.LONGEST)
     assert len(schema.columns[0].example) <= 60
 
@@ -188,12 +211,10 @@ def test_ten_thousand_categories_share_a_table_of_a_thousand() -> None:
     rng = np.random.default_rng(0)
     names = [f"town {i}" for i in np.concatenate([np.arange(10_000), rng.geometric(1e-3, 50_000) % 10_000])]
     table = table_of(town=names, y=rng.choice(["a", "b"], len(names)).tolist())
-    began = time.monotonic()
     schema, _ = make_schema(table, "y", root=Path())
     assert schema.columns[0].kind == "category"
     assert schema.model_settings()["columns"]["categories"] == [1001]
     (_, codes), present = encode(schema, table, root=Path()).inputs["columns"]
-    assert time.monotonic() - began < 10
     assert present.all()
     assert codes.unique().tolist() == list(range(1, 1001))
     assert unknown(schema, table_of(town=["no such town"])) == []

@@ -24,7 +24,7 @@ from hesse.multimodal.sequences import is_list_of_texts, paths_in, sequences
 from hesse.multimodal.table import Table
 from hesse.multimodal.values import is_readable, not_numbers, require_readable, short, try_numbers
 
-__all__ = ["KINDS", "Column", "Kind", "describe", "is_few", "refuse_mixed"]
+__all__ = ["KINDS", "MEDIA", "Column", "Kind", "describe", "is_few", "refuse_mixed"]
 
 Kind = Literal["image", "audio", "text", "number", "category", "date", "latitude", "longitude", "images"]
 Role = Literal["input", "target", "split", "ignored"]
@@ -34,6 +34,7 @@ MEDIA: dict[Kind, tuple[str, ...]] = {
     "image": ("png", "jpg", "jpeg", "gif", "bmp", "webp", "tif", "tiff", "pgm", "ppm", "pbm", "avif"),
     "audio": ("wav", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "aifc", "au", "w64", "caf"),
 }
+MOSTLY = 0.8  # share of the values that have to look like paths of files
 MOST_CATEGORIES = 1000
 
 _ID_NAME = re.compile(r"(^|[\W_])(id|uuid|guid|index|idx|key|nr|no|row|unnamed)([\W_]*\d*)$", re.IGNORECASE)
@@ -160,7 +161,7 @@ def _find(table: Table, name: str, root: Path, facts: _Facts) -> tuple[Kind, Rol
     if not facts.present:
         return "text", "ignored", "every value is missing"
     if facts.unique == 1 and facts.present == len(table):
-        return kind, "ignored", "the same value in every row"
+        return _kind_of_files(facts.distinct) or kind, "ignored", "the same value in every row"
     if parsed is not None:
         if _counts_rows(name, parsed, facts):
             return "number", "ignored", "a number for each row: it names rows, it does not describe them"
@@ -175,6 +176,7 @@ def _find(table: Table, name: str, root: Path, facts: _Facts) -> tuple[Kind, Rol
     category: tuple[Kind, Role, str] = ("category", "input", of)
     if facts.unique <= 20 and is_few(facts.unique, facts.present):
         return category
+    _refuse_mixed_media(table, name, facts)
     refuse_mixed(table, name)
     _refuse_mixed_dates(table, name, facts)
     if is_few(facts.unique, facts.present):
@@ -208,10 +210,9 @@ def _is_id(name: str) -> bool:
 
 def _media(table: Table, name: str, root: Path, facts: _Facts) -> Kind | None:
     """The kind of file that nearly all values have the ending of, given that some of the files exist."""
-    for kind, endings in MEDIA.items():
-        # Behind the ending may be what closes a JSON list.
-        fits = pc.match_substring_regex(facts.distinct, rf"(?i)\.({'|'.join(endings)})(\"\s*\])?$")
-        if pc.sum(fits).as_py() < 0.8 * facts.unique:
+    for kind in MEDIA:
+        fits = _fits(facts.distinct, kind)
+        if pc.sum(fits).as_py() < MOSTLY * facts.unique:
             continue
         paths = pc.filter(facts.distinct, fits)
         some = _sample(paths)
@@ -229,6 +230,18 @@ def _media(table: Table, name: str, root: Path, facts: _Facts) -> Kind | None:
             f"or use the names alone with --column {name}=text or --column {name}=ignore.",
         )
     return None
+
+
+def _fits(cells: pa.Array, kind: Kind) -> pa.Array:
+    """Which cells have the ending of such files; behind it may be what closes a JSON list."""
+    return pc.match_substring_regex(cells, rf"(?i)\.({'|'.join(MEDIA[kind])})(\"\s*\])?$")
+
+
+def _kind_of_files(cells: pa.Array) -> Kind | None:
+    """The kind of file that all cells have the ending of."""
+    if not pa.types.is_large_string(cells.type):
+        return None
+    return next((kind for kind in MEDIA if pc.all(_fits(cells, kind)).as_py()), None)
 
 
 def _sample(cells: pa.Array) -> list[str]:
@@ -294,6 +307,28 @@ def refuse_mixed(table: Table, name: str) -> None:
         "Correct the cells, empty those that mean 'unknown', "
         f"or read all values as words with --column {name}=category.",
         value=short(words[0]),
+    )
+
+
+def _refuse_mixed_media(table: Table, name: str, facts: _Facts) -> None:
+    """Pictures and sounds in one column: two columns were exchanged in some rows, or lists were joined.
+
+    Raises:
+        InputError: nearly all values are paths of media files, and enough of each kind that neither is a slip.
+    """
+    counts = {kind: int(pc.sum(_fits(facts.values, kind)).as_py() or 0) for kind in MEDIA}
+    few, many = sorted(counts, key=lambda kind: counts[kind])
+    if sum(counts.values()) < MOSTLY * facts.present or not counts[few]:
+        return
+    row = pc.index(_fits(facts.values, few), pa.scalar(True)).as_py()
+    value = short(facts.values[row].as_py())
+    raise InputError(
+        "mixed column",
+        table.where(name, row),
+        f"{counts[many]} values are paths of {many} files and {counts[few]} of {few} files, this one among them.",
+        "If it was exchanged with another column in some rows, correct those; pictures and sounds need columns of "
+        f"their own. Or leave the column out with --column {name}=ignore.",
+        value=value,
     )
 
 

@@ -64,10 +64,14 @@ def fit_column(
         cells = [cell for cell in texts(values) if cell is not None]
         if choice is not None:
             return replace(column, settings=pretrained.plan("text", choice, cells, table.where(column.name)))
-        return replace(column, settings=text.plan(cells))
-    settings = _plan_files(table, column, train[present], root, choice)
-    still = ", animated ones by their first frame" if settings.pop("animated", False) else ""
-    return replace(column, settings=settings, reason=column.reason + still)
+        return _noted(column, text.plan(cells))
+    return _noted(column, _plan_files(table, column, train[present], root, choice))
+
+
+def _noted(column: Column, settings: dict[str, Any]) -> Column:
+    """The column with its settings; what they note of the cells is for the user, beside the reason."""
+    note = settings.pop("note", "")
+    return replace(column, settings=settings, reason=f"{column.reason}, {note}" if note else column.reason)
 
 
 def _fit_dates(table: Table, column: Column, train: NDArray[np.int64]) -> Column:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hesse.finding import Finding
 from hesse.multimodal import Dataset, Schema
-from hesse.multimodal.columns import Column
+from hesse.multimodal.columns import MEDIA, Column
 from hesse.multimodal.encoders.text import normalise
 from hesse.multimodal.measured import MEASURED, width
 from hesse.multimodal.target import Target
@@ -30,7 +30,7 @@ __all__ = ["constant_modalities", "leaks"]
 
 MOST_ROWS = 20_000  # looked at
 MOST_LABELS = 100  # looked for in texts
-FEWEST_ROWS = 100  # with a value: among fewer, chance makes good columns perfect
+FEWEST_ROWS = 40  # with a value: among fewer, chance makes good columns perfect
 ACCURACY, R2 = 0.995, 0.999  # from here on a column is suspected
 WON = 10  # rows that it must tell better than the most frequent class does
 LOOKED_AT = 256  # values of a modality
@@ -69,22 +69,24 @@ def constant_modalities(schema: Schema, data: Dataset, positions: Mapping[str, T
     rows = positions["train"]
     rows = rows[torch.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).round().long()]
     inputs, _ = data.batch(rows)
-    findings = []
+    findings = [
+        _constant(column.name, "Every row has the same file")
+        for column in schema.columns
+        if column.role == "ignored" and column.kind in MEDIA  # of other kinds the table of columns says so
+    ]
     for key, columns in schema.modalities.items():
         values, present = inputs[key]
         parts = [part[present] for part in (values if isinstance(values, tuple) else (values,))]
         if key == "columns" or len(parts[0]) < 2 or not all(bool((part == part[:1]).all()) for part in parts):
             continue
-        findings.append(
-            Finding(
-                "constant modality",
-                f"column '{columns[0].name}'",
-                f"All {len(parts[0])} values that were looked at are the same once read: they tell nothing.",
-                f"Check the files, or leave the column out with --column {columns[0].name}=ignore.",
-                value=len(parts[0]),
-            )
-        )
+        looked = f"All {len(parts[0])} values that were looked at are the same once read"
+        findings.append(_constant(columns[0].name, looked, len(parts[0])))
     return findings
+
+
+def _constant(name: str, message: str, value: int | None = None) -> Finding:
+    remedy = f"Check the files, or leave the column out with --column {name}=ignore."
+    return Finding("constant modality", f"column '{name}'", f"{message}: that tells nothing.", remedy, value=value)
 
 
 def _columns(

@@ -50,20 +50,24 @@ def plan(values: Sequence[Path]) -> dict[str, Any]:
 
     Returns:
         ``rate`` in Hz, the median within 1 to 16 kHz; ``samples``, the 95th percentile of the length, at most
-        ten seconds; ``mean`` (a list, one for each mel band) and ``std`` of the logarithmic power.
+        ten seconds; ``mean`` (a list, one for each mel band) and ``std`` of the logarithmic power; ``note`` where less
+        than half of a sound is read.
 
     Raises:
         InputError: none of the sampled files is a sound.
     """
     sounds = read_sample(values, _survey, SAMPLE)
     rate = int(np.clip(np.median([source for _, source, _ in sounds]), LOWEST_RATE, HIGHEST_RATE))
-    seconds = min(LONGEST, float(np.quantile([frames / source for _, source, frames in sounds], 0.95)))
+    lengths = [frames / source for _, source, frames in sounds]
+    seconds = min(LONGEST, float(np.quantile(lengths, 0.95)))
     settings = {"rate": rate, "samples": max(1, round(seconds * rate))}
     waves = np.stack([_shape(wave, source, settings) for wave, source, _ in sounds])
     power = LogMel(rate, settings["samples"])(torch.from_numpy(waves)).double()
     mean = power.mean(dim=(0, 2))
     std = (power - mean[:, None]).square().mean().sqrt().clamp(min=0.1)  # all silence has no spread
-    return {**settings, "mean": mean.tolist(), "std": std.item()}
+    found = {**settings, "mean": mean.tolist(), "std": std.item()}
+    cut = {"note": f"of longer ones the loudest {seconds:.3g} s"}
+    return found | cut if max(lengths) > 2 * seconds else found
 
 
 def storage(settings: dict[str, Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:

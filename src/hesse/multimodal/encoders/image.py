@@ -74,7 +74,7 @@ def plan(values: Sequence[Path]) -> dict[str, Any]:
     Returns:
         ``height`` and ``width`` in pixels; ``channels``: 1 when every sampled picture is grey, 4 when one has
         transparent pixels, else 3; ``white``: the value of full brightness in pictures deeper than 8 bits;
-        ``mean`` and ``std`` of each channel on the scale 0 to 255; ``animated`` where a file has several frames.
+        ``mean`` and ``std`` of each channel on the scale 0 to 255; ``note`` where a file has several frames.
 
     Raises:
         InputError: none of the sampled files is a picture.
@@ -93,7 +93,7 @@ def plan(values: Sequence[Path]) -> dict[str, Any]:
         "white": next((w for w in WHITES if w >= brightest), brightest) if brightest > 0 else WHITES[-1],
     }
     if any(animated for _, _, _, animated in sample):
-        settings["animated"] = True
+        settings["note"] = "animated ones by their first frame"
     pixels = np.concatenate([_array(p, settings).reshape(-1, settings["channels"]) for p in pictures])
     mean, std = pixels.mean(axis=0, dtype=np.float64), pixels.std(axis=0, dtype=np.float64)
     return {**settings, "mean": mean.tolist(), "std": np.maximum(std, 1.0).tolist()}

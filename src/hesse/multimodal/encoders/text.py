@@ -53,13 +53,14 @@ def plan(values: Sequence[str]) -> dict[str, Any]:
     Returns:
         ``length`` in characters, the 99th percentile, at most 256; ``alphabet``, the characters that stand in
         two texts or more, most frequent first. Rarer ones share one code, which is so trained for those never
-        seen.
+        seen. ``note`` where less than half of a text is read.
     """
     texts = read_sample(values, normalise, SAMPLE)
     counts = Counter(character for text in texts for character in sorted(set(text)))
     alphabet = "".join(c for c, count in counts.most_common(LARGEST_ALPHABET) if count > 1)
-    length = int(np.quantile([len(text) for text in texts], 0.99, method="higher"))
-    return {"length": max(1, length), "alphabet": alphabet}
+    length = max(1, int(np.quantile([len(text) for text in texts], 0.99, method="higher")))
+    cut = {"note": f"of longer ones the first {length} characters"}
+    return {"length": length, "alphabet": alphabet} | (cut if max(map(len, values)) > 2 * length else {})
 
 
 def storage(settings: dict[str, Any]) -> tuple[tuple[int, ...], np.dtype[Any]]:
