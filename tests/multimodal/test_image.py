@@ -232,6 +232,7 @@ def test_what_is_not_a_whole_picture_is_named(tmp_path: Path, kind: str, content
     assert caught.value.finding.kind == kind
     assert caught.value.finding.where == str(path)
     assert caught.value.finding.remedy
+    assert "<" not in caught.value.finding.message  # no object of Python's
 
 
 def test_missing_files_folders_and_impossible_names(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from hesse.multimodal import Dataset, FusedModel, Schema, encode, make_schema, r
 from hesse.multimodal.columns import Column
 from hesse.multimodal.target import Target
 from hesse.objective.function import objective
+from hesse.training.answers import answer
 from hesse.training.build import build_model
 from hesse.training.contribution.coalitions import Coalitions, by_class, hidden, presence, shapley
 from hesse.training.contribution.disagreements import disagreements, divergence
@@ -295,6 +296,22 @@ def test_quantities_disagree_by_their_spread() -> None:
     assert [first["by_modality"][key]["predicted"] for key in "ab"] == [14.0, 6.0]
     assert [first["by_modality"][key]["shapley"] for key in "ab"] == [4.0, -4.0]
     assert first["score"] == 2.0
+
+
+def test_labels_are_those_that_predictions_give() -> None:
+    """By the thresholds of the calibration; one half is not always where F1 is best."""
+    target = Target("y", "multilabel", ("red", "round"))
+    a, b = torch.tensor([[2.0, 2.0]]), torch.tensor([[-2.0, -2.0]])
+    whole = torch.tensor([[0.5, 0.5]])  # 62 %
+    outputs = {frozenset(): whole, frozenset("a"): a, frozenset("b"): b, frozenset("ab"): whole}
+    here = {key: torch.tensor([True]) for key in "ab"}
+    schema, targets = Schema((), (target,)), torch.tensor([[1.0, 0.0]])
+    data = Dataset({}, targets, torch.tensor([10]))
+    found = Coalitions(torch.arange(1), targets, here, outputs)
+    calibration = {"y": {"temperature": 1.0, "threshold": {"red": 0.6, "round": 0.7}}}
+    (row,) = disagreements(schema, data, found, calibration)
+    assert row["predicted"] == "red" == answer(schema, whole, calibration)["y"].to_pylist()[0][0]
+    assert disagreements(schema, data, found, {})[0]["predicted"] == "red, round"
 
 
 def test_rows_without_the_target_and_models_without_numbers_are_left_out() -> None:

@@ -220,3 +220,19 @@ def test_a_crash_in_the_middle_leaves_no_lock(table: Path, tmp_path: Path, monke
             train(table, tmp_path / "run")
     assert ".lock" not in left(tmp_path / "run")
     train(table, tmp_path / "run", resume=True)
+
+
+def test_a_run_that_came_to_nothing_gives_way_to_the_next(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash() -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        at_step(patched, 2, crash)
+        with pytest.raises(ZeroDivisionError):
+            train(table, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").exists()
+    assert train(table, tmp_path / "run").config["status"] == "finished"
+    with pytest.raises(InputError, match="There is a run in this folder already"):
+        train(table, tmp_path / "run")

@@ -70,7 +70,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, **options: Any) -> dict[str, Any]:
-    return tune("t.csv", "kind", out=folder, verbose=False, **{"trials": 8, **options})
+    return tune("t.csv", "kind", out=folder, **{"trials": 8, "verbose": False, **options})
 
 
 def params(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -215,11 +215,12 @@ def test_a_folder_belongs_to_one_search_at_a_time(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("fake")
-def test_no_trial_begins_after_the_time_is_over(tmp_path: Path) -> None:
+def test_no_trial_begins_after_the_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = run(tmp_path / "a", timeout=1e-9, seconds_per_trial=2)
     assert result["trials"] == [] and result["best"] is None
     assert result["kfac"]["folder"] == "kfac"
-    assert run(tmp_path / "b", timeout=1e-9)["kfac"] is None
+    assert run(tmp_path / "b", timeout=1e-9, verbose=True)["kfac"] is None
+    assert "no trial ended; none began after the timeout of 1e-09 s" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fake")

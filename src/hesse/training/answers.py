@@ -16,7 +16,7 @@ from hesse.multimodal import Schema
 from hesse.multimodal.label_lists import JSON
 from hesse.multimodal.table import unused
 from hesse.multimodal.target import Target
-from hesse.training.calibration import probabilities, temperature_of
+from hesse.training.calibration import cuts_of, probabilities, temperature_of
 
 __all__ = ["answer", "flat", "refuse_threshold", "separators"]
 
@@ -122,8 +122,7 @@ def _joined(column: pa.ChunkedArray, between: str) -> pa.Array:
 
 def _labels(target: Target, p: Tensor, cut: float | dict[str, float] | None) -> pa.Array:
     """list<string> [n]."""
-    cuts = cut if isinstance(cut, dict) else dict.fromkeys(target.classes, 0.5 if cut is None else cut)
-    has = p >= torch.tensor([cuts[name] for name in target.classes], dtype=p.dtype)
+    has = p >= cuts_of(target, cut)
     ends = torch.cat([torch.zeros(1, dtype=torch.long), has.sum(1).cumsum(0)])
     names = pa.array(target.classes, pa.string()).take(pa.array(has.nonzero()[:, 1].numpy()))
     return pa.ListArray.from_arrays(pa.array(ends.int().numpy()), names)

@@ -20,6 +20,7 @@ from hesse.multimodal.target import Target
 __all__ = [
     "best_threshold",
     "calibrate",
+    "cuts_of",
     "fit_temperature",
     "known",
     "known_values",
@@ -82,6 +83,12 @@ def known_values(schema: Schema, targets: Any) -> list[tuple[Target, Tensor, Ten
 def temperature_of(calibration: dict[str, Any], target: Target) -> float:
     """1 where nothing was fitted, as in runs of earlier versions."""
     return float(calibration.get(target.name, {}).get("temperature", 1.0))
+
+
+def cuts_of(target: Target, cut: float | dict[str, float] | None) -> Tensor:
+    """From which probability on each label is given, float64 [labels]; by default one half."""
+    cuts = cut if isinstance(cut, dict) else dict.fromkeys(target.classes, 0.5 if cut is None else cut)
+    return torch.tensor([cuts[name] for name in target.classes], dtype=torch.float64)
 
 
 def probabilities(task: str, out: Tensor, temperature: float) -> Tensor:

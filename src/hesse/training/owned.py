@@ -50,7 +50,7 @@ def owned(folder: Path, resumed: Run | None, overwrite: bool) -> Iterator[None]:
                 refuse_used(folder, overwrite)
             elif Run(folder).config != resumed.config:
                 raise _in_use(folder, "Another process has gone on with this run meanwhile")
-            if overwrite:
+            if resumed is None:
                 clear(folder)
             yield
     except OSError as error:

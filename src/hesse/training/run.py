@@ -76,6 +76,7 @@ CONFIG = (
     "rows",
     "seed",
 )  # what this version cannot do without
+WORTH = ("model.safetensors", "checkpoint.pt", "metrics.jsonl")  # of which a run without any holds nothing to lose
 LOCK = ".lock"  # there while a process trains
 ANEW = "Put the file back that hesse wrote, or train anew with --overwrite."
 
@@ -315,11 +316,11 @@ def write_model(folder: Path, weights: dict[str, Tensor]) -> None:
 
 
 def refuse_used(folder: Path, overwrite: bool) -> None:
-    """Raise unless a run may be written into ``folder``: new, empty, or a run to overwrite."""
+    """Raise unless a run may be written into ``folder``: new, empty, with a run to overwrite, or with a failed one."""
     if folder.exists() and not folder.is_dir():
         raise InputError("not a folder", str(folder), "The place for the run is a file.", "Choose another --out.")
     is_run = _is_run(folder)
-    if is_run and not overwrite:
+    if is_run and not overwrite and any((folder / name).exists() for name in WORTH):
         raise InputError(
             "run exists",
             str(folder),

@@ -199,7 +199,9 @@ def _open(path: Path, side: int) -> tuple[Image, tuple[int, int]]:
     except InputError:
         raise
     except DAMAGE as error:
-        message = f"It is not a picture that can be decoded: {error or type(error).__name__}."
+        unknown = isinstance(error, images.UnidentifiedImageError)  # Pillow's words for it show an open file
+        why = "its format is none that Pillow knows" if unknown else error or type(error).__name__
+        message = f"It is not a picture that can be decoded: {why}."
         remedy = "Open it in a viewer and save it as PNG, or remove the row."
         raise InputError("undecodable image", str(path), message, remedy) from error
     if orientation not in TURNS:

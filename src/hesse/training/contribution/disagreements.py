@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hesse.multimodal import Dataset, Schema
 from hesse.multimodal.target import Target
-from hesse.training.calibration import probabilities, temperature_of
+from hesse.training.calibration import cuts_of, probabilities, temperature_of
 from hesse.training.contribution.coalitions import Coalitions, shapley
 
 __all__ = ["disagreements", "divergence"]
@@ -73,11 +73,11 @@ def disagreements(
     parts = _parts(target, found, own, chosen) if found.complete else {}
     rows = []
     for place, i in enumerate(chosen):
-        predicted, confidence = _answer(target, own[found.everything][i], temperature)
+        predicted, confidence = _answer(target, own[found.everything][i], calibration)
         by_modality = {}
         for m, key in enumerate(keys):
             if here[m, i]:
-                said, sure = _answer(target, alone[m, i], temperature)
+                said, sure = _answer(target, alone[m, i], calibration)
                 by_modality[key] = {"predicted": said, "confidence": sure}
                 if parts:
                     by_modality[key]["shapley"] = float(parts[key][place])
@@ -126,15 +126,15 @@ def _parts(
     return shapley({one: worth(out) for one, out in own.items()}, tuple(found.present))
 
 
-def _answer(target: Target, out: Tensor, temperature: float) -> tuple[str | float, float | None]:
-    """What outputs [width] say, and how sure they are."""
+def _answer(target: Target, out: Tensor, calibration: dict[str, Any]) -> tuple[str | float, float | None]:
+    """What outputs [width] say, as predictions do, and how sure they are."""
     if target.task == "regression":
         return target.mean + target.scale * float(out[0]), None
-    p = probabilities(target.task, out[None], temperature)[0]
+    p = probabilities(target.task, out[None], temperature_of(calibration, target))[0]
     if target.task == "classification":
         best = int(p.argmax())
         return target.classes[best], float(p[best])
-    given = p > 0.5
+    given = p >= cuts_of(target, calibration.get(target.name, {}).get("threshold"))
     return _labels(target, given), float(torch.where(given, p, 1 - p).prod())
 
 

@@ -147,7 +147,7 @@ def tune(
             raise KeyboardInterrupt(f"The search is saved. Go on with: {words} --resume") from None
         study.set_user_attr("kfac", kfac)
         result = write()
-        screen.say(_summary(result, _page(folder, result)))
+        screen.say(_summary(result, _page(folder, result), timeout))
         return result
 
 
@@ -342,14 +342,15 @@ def _line(trial: dict[str, Any]) -> str:
     )
 
 
-def _summary(result: dict[str, Any], page: Path) -> str:
+def _summary(result: dict[str, Any], page: Path, timeout: float | None) -> str:
     def shown(what: str, one: dict[str, Any]) -> str:
         score = "" if one["score"] is None else f", {result['part']} {result['score']} {one['score']:.4f}"
         loss = "-" if one["value"] is None else f"{one['value']:.4f}"
         return f"{what}: valid loss {loss}{score}, {one['seconds']:.1f} s"
 
     best, kfac = result["best"], result["kfac"]
-    lines = [shown(f"best of {len(result['trials'])} trials, {best['folder']}", best)] if best else ["no trial ended"]
+    none = "no trial ended" if timeout is None else f"no trial ended; none began after the timeout of {timeout:g} s"
+    lines = [shown(f"best of {len(result['trials'])} trials, {best['folder']}", best)] if best else [none]
     lines += [f"all trials together: {result['seconds']:.1f} s"]
     lines += [shown("kfac, no search", kfac)] if kfac else []
     return "\n".join([*lines, f"page: {page}"])
