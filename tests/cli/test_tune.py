@@ -56,7 +56,8 @@ def test_every_option_reaches_the_search(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("hesse.training.tune.tune", record)
     options = "--target a --target b --out o --trials 3 --sampler random --optimizer sgd --seconds-per-trial 2 --jobs 2"
     options += " --timeout 9 --column x=text --encoder y=hf:z --trainable y=2 --split-column s --class-weights balanced"
-    options += " --data-root d --delimiter ; --skip-bad-rows --fusion late --balance heads --resume --seed 4"
+    options += " --data-root d --delimiter ; --skip-bad-rows --fusion late --balance heads --stream"
+    options += " --workers 3 --resume --seed 4"
     assert tune("t.csv", *options.split())[0] == 0
     expected = {
         "table": Path("t.csv"),
@@ -80,6 +81,8 @@ def test_every_option_reaches_the_search(tmp_path: Path, monkeypatch: pytest.Mon
         "skip_bad_rows": True,
         "fusion": "late",
         "balance": "heads",
+        "stream": True,
+        "workers": 3,
         "resume": True,
         "overwrite": False,
         "seed": 4,
@@ -88,7 +91,13 @@ def test_every_option_reaches_the_search(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(inspect.signature(search.tune).parameters) - {"options"} <= set(expected)
     assert set(expected) - set(inspect.signature(search.tune).parameters) <= set(call.DEFAULTS)
     assert tune("t.csv", "--target", "a")[0] == 0
-    shared = {"fusion", "balance", "skip_bad_rows"}  # with hesse train: what is not said is the same
+    shared = {
+        "fusion",
+        "balance",
+        "skip_bad_rows",
+        "stream",
+        "workers",
+    }  # with hesse train: what is not said is the same
     assert {name: got[name] for name in shared} == {name: call.DEFAULTS[name] for name in shared}
 
 

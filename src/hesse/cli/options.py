@@ -20,8 +20,10 @@ __all__ = [
     "Quiet",
     "SkipBadRows",
     "SplitColumn",
+    "Stream",
     "Target",
     "Trainable",
+    "Workers",
     "encoders_of",
     "kinds_of",
     "shares_of",
@@ -52,6 +54,24 @@ DataRoot = Annotated[
 ]
 Delimiter = Annotated[str | None, typer.Option(help="Of a CSV file, when it cannot be told.", rich_help_panel=TABLE)]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Leave out unreadable rows.", rich_help_panel=TABLE)]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Read rows while training.",
+        show_default="what memory cannot hold",
+        rich_help_panel=TABLE,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Processes that decode for --stream.",
+        show_default="processors - 1",
+        rich_help_panel=TABLE,
+    ),
+]
 Encoders = Annotated[
     list[str] | None,
     typer.Option(

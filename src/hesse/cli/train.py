@@ -56,24 +56,8 @@ def train(
     skip_bad_rows: options.SkipBadRows = False,
     fusion: options.Fusion = "concat",
     balance: options.Balance = "pool",
-    stream: Annotated[
-        bool | None,
-        typer.Option(
-            "--stream/--no-stream",
-            help="Read rows while training.",
-            show_default="what memory cannot hold",
-            rich_help_panel=options.TABLE,
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Processes that decode for --stream.",
-            show_default="processors - 1",
-            rich_help_panel=options.TABLE,
-        ),
-    ] = None,
+    stream: options.Stream = None,
+    workers: options.Workers = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(help="Also train this optimizer for the same time; repeatable.", rich_help_panel=TRAINING),

@@ -44,6 +44,8 @@ def tune(
     skip_bad_rows: options.SkipBadRows = False,
     fusion: options.Fusion = "concat",
     balance: options.Balance = "pool",
+    stream: options.Stream = None,
+    workers: options.Workers = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the search in the folder.")] = False,
     seed: Annotated[int, typer.Option(help="Of the search and of every training.")] = 0,
@@ -85,6 +87,8 @@ def tune(
             skip_bad_rows=skip_bad_rows,
             fusion=fusion,
             balance=balance,
+            stream=stream,
+            workers=workers,
         )
         if as_json:
             print_json({"ok": True, **result})
