@@ -186,7 +186,8 @@ def train(
     if resumed is not None:
         settings["fusion"] = resumed.config.get("fusion", "concat")  # what was chosen then
         settings["balance"] = resumed.config.get("balance", "none")
-    refuse_balance(settings["balance"], settings["optimizer"], plan.schema)
+    for name in (settings["optimizer"], *settings["compare"]):
+        refuse_balance(settings["balance"], name, plan.schema)
     if settings["fusion"] == "auto":
         settings |= choose_fusion(plan, settings, screen)
 

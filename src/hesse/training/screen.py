@@ -118,7 +118,7 @@ class Screen:
         reason = ", then it diverged" if diverged(state) else ""
         table.add_row("best epoch", f"{state.best_epoch} of {state.epoch}{reason}")
         table.add_row("training time", f"{state.seconds:.1f} s")
-        table.add_row("findings", str(len(state.findings)))
+        table.add_row("findings", str(sum(finding.severity != "info" for finding in state.findings)))
         self.say("")
         self.console.print(table)
         self.say(f"report: {report}")
