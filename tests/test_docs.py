@@ -30,7 +30,8 @@ def name_of(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_the_python_of_a_page_runs(page: Path) -> None:
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # what it writes is the reader's, not ours
     text = page.read_text(encoding="utf-8")
     names: dict[str, Any] = {"__name__": "page"}
     random = torch.random.get_rng_state()
