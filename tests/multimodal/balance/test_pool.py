@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import hesse
 from balanced_models import SIZES, THREE, K, Towers, batch, flat, make
+from hesse.curvature.jacobian import jvp, secant
 from hesse.multimodal.balance import Pool, fallback
 from hesse.multimodal.balance.shares import best_constant, pooled, shares
 
@@ -222,6 +224,50 @@ def test_the_fused_loss_reaches_the_towers_as_far_as_it_may(reach: float) -> Non
     n = len(params)
     torch.testing.assert_close(flat(found[:n]), flat(alone) + reach * flat(whole[:n]))
     torch.testing.assert_close(found[n:], whole[n:])
+
+
+@pytest.mark.parametrize("reach", [0.0, 0.3, 1.0])
+def test_gradient_curvature_and_trial_points_are_of_one_function(reach: float) -> None:
+    """Of the fused head at features that go ``reach`` of the towers' way from those at the beginning of the step."""
+    pool = make(Pool, reach=reach)
+    inputs, targets = batch(absent=True)
+    here = {key: there for key, (_, there) in inputs.items()}
+    closure = hesse.closure(pool, pool.loss(F.cross_entropy), (inputs, targets))
+    closure()
+    begun = {key: f.detach() for key, f in pool.features(**inputs).items()}
+    torch.testing.assert_close(pool.split(closure.outputs)[0]["fused"], pool.model(**inputs))  # the towers stand there
+    direction = {name: torch.randn_like(p) for name, p in pool.named_parameters()}
+    params = {name: p.detach() for name, p in pool.named_parameters()}
+    moved = {name: p + 0.1 * direction[name] for name, p in params.items()}
+    with torch.no_grad():
+        fused, _ = pool.split(closure.objective.outputs(moved))
+    other = make(Pool, reach=reach)
+    other.load_state_dict({**other.state_dict(), **moved})
+    features = other.features(**inputs)
+    way = {key: begun[key] + reach * (f - begun[key]) for key, f in features.items()}
+    torch.testing.assert_close(fused["fused"], other.model.fuse(way, here))
+    torch.testing.assert_close(fused["audio"], other.own(features, here)["audio"])
+    exact = jvp(closure.objective, direction)
+    torch.testing.assert_close(
+        secant(closure.objective, closure.outputs.detach(), direction), exact, rtol=1e-5, atol=1e-6
+    )
+    slope = sum(float((p.grad * direction[name]).sum()) for name, p in pool.named_parameters())
+    change = (
+        closure.objective({n: p + 1e-6 * direction[n] for n, p in params.items()}) - closure.objective(params)
+    ) / 1e-6
+    assert float(change) == pytest.approx(slope, rel=1e-4)
+
+
+def test_other_rows_and_other_steps_begin_anew() -> None:
+    pool = make(Pool, reach=0.3)
+    (one, targets), (two, _) = batch(), batch(seed=1)
+    loss_fn = pool.loss(F.cross_entropy)
+    step = torch.optim.SGD(pool.parameters(), lr=0.5)
+    for _ in range(2):  # the second step on the same rows starts where the first has ended
+        step.step(hesse.closure(pool, loss_fn, (one, targets)))
+        torch.testing.assert_close(pool.split(pool(**one))[0]["fused"], pool.model(**one))
+    with torch.no_grad():
+        torch.testing.assert_close(pool.split(pool(**two))[0]["fused"], pool.model(**two))
 
 
 def test_a_regression_is_pooled() -> None:

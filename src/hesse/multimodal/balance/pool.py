@@ -82,6 +82,8 @@ class Pool(Heads):
         if sum(each) != outputs:
             raise ValueError(f"The targets are {each} wide, which is not the {outputs} outputs that the model has.")
         self.reach = reach
+        self._rows: Tensor | None = None  # who is present in the batch that ``_began`` is of, which tells batches apart
+        self._began: dict[str, Tensor] = {}  # features
         self._target = [t for t, width in enumerate(each) for _ in range(width)]
         self.register_buffer("base", torch.zeros(outputs))
         self.register_buffer("alone", torch.tensor(-1))  # the modality that answers alone when all are present
@@ -98,10 +100,23 @@ class Pool(Heads):
     def _every(self) -> bool:
         return len(self.widths) <= MOST
 
+    def parts(self, **inputs: tuple[Any, Tensor]) -> Tensor:
+        rows = inputs[self.modalities[0]][1]
+        if rows is not self._rows:
+            self._rows, self._began = rows, {}
+        return super().parts(**inputs)
+
     def flow(self, key: str, feature: Tensor) -> tuple[Tensor, Tensor]:
-        if self.reach == 1:
+        """Towards the fused head a tower moves ``reach`` of its way from where it was when gradients were last taken.
+
+        Then gradient, curvature, and the loss at a trial point of the same rows are those of one function.
+        """
+        if self.reach == 1 or not self.training:
             return feature, feature
-        return self.reach * feature + (1 - self.reach) * feature.detach(), feature
+        if feature.requires_grad or key not in self._began:
+            self._began[key] = feature.detach()
+        began = self._began[key]
+        return began + self.reach * (feature - began), feature
 
     def fuse(self, features: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
         """The pooled answer ``[B, outputs]``."""
