@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pyarrow import csv
 
 from hesse.finding import InputError
 from hesse.multimodal.encoding import require_utf8
+from hesse.multimodal.native import opened
 
 __all__ = [
     "decimal_comma",
@@ -49,23 +51,12 @@ def read_delimited(path: Path, name: str, delimiter: str | None) -> tuple[list[s
         InputError: not UTF-8, ambiguous delimiter, ragged rows, an unclosed quote, or nothing in the file.
     """
     delimiter, columns = layout(path, name, delimiter)
-    ragged: list[Any] = []
-
-    def note(row: Any) -> str:
-        ragged.append(row)
-        return "skip"
-
-    with path.open("rb") as file:
-        try:
-            rows = parse(file, delimiter, columns, note, threads=True)
-            if ragged:  # only one thread knows the numbers of rows
-                ragged.clear()
-                file.seek(0)
-                rows = parse(file, delimiter, columns, note, threads=False)
-        except pa.ArrowException as error:
-            raise damaged_rows(name, error) from error
-    if ragged:
-        raise ragged_rows(name, delimiter, ragged)
+    try:
+        with opened(path) as file:
+            rows = parse(file, delimiter, columns)
+    except pa.ArrowException as error:
+        _refuse_ragged(path, name, delimiter, columns)
+        raise damaged_rows(name, error) from error
     _require_closed_quotes(path, name, rows)
     names = [str(column[0].as_py()) for column in rows.columns]
     rows = rows.slice(1).rename_columns(names)
@@ -125,21 +116,34 @@ def find_delimiter(sample: str, default: str) -> str | None:
     return (even or [d for d in found if d == default] or found or [default])[0]
 
 
+def _refuse_ragged(path: Path, name: str, delimiter: str, columns: int) -> None:
+    ragged: list[Any] = []
+
+    def note(row: Any) -> str:
+        ragged.append(row)
+        return "skip"
+
+    with opened(path) as file, suppress(pa.ArrowException):  # what else is wrong is known
+        parse(file, delimiter, columns, note)
+    if ragged:
+        raise ragged_rows(name, delimiter, ragged)
+
+
 def parse(
-    file: Any, delimiter: str, columns: int, on_ragged: Callable[[Any], str], *, threads: bool, exact: bool = False
+    file: Any, delimiter: str, columns: int, on_ragged: Callable[[Any], str] | None = None, *, exact: bool = False
 ) -> pa.Table:
     """The rows of a file, the header among them, as columns of strings f0, f1, ...
 
     Args:
         columns: at most, or, if ``exact``, as many; otherwise the first row says how many.
-        on_ragged: told of each row that has another number of cells; returns "skip" or "error".
-        threads: faster, but rows have no numbers.
+        on_ragged: told of each row that has another number of cells; returns "skip" or "error". By default such a row
+            is an error, and several threads read, which know no numbers of rows.
     """
     read = csv.ReadOptions(
         column_names=[f"f{i}" for i in range(columns)] if exact else None,
         autogenerate_column_names=not exact,
         block_size=_BLOCK,
-        use_threads=threads,
+        use_threads=on_ragged is None,
     )
     settings = csv.ParseOptions(
         delimiter=delimiter,

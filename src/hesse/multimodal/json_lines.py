@@ -17,6 +17,7 @@ from pyarrow import json as arrow_json
 
 from hesse.finding import InputError
 from hesse.multimodal.encoding import require_utf8
+from hesse.multimodal.native import opened
 
 __all__ = ["explain", "read_json_lines", "require_object"]
 
@@ -40,7 +41,7 @@ def read_json_lines(path: Path, name: str) -> pa.Table:
     if not row:
         raise InputError("empty table", name, "The file is empty.", "Check that it was written completely.")
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return arrow_json.read_json(file, read_options=arrow_json.ReadOptions(block_size=_BLOCK))
     except pa.ArrowException as error:
         raise explain(path, name, str(error)) from error

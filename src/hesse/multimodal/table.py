@@ -26,6 +26,7 @@ from pyarrow import parquet
 from hesse.finding import InputError
 from hesse.multimodal.delimited import read_delimited
 from hesse.multimodal.json_lines import read_json_lines
+from hesse.multimodal.native import opened
 from hesse.multimodal.stamp import Stamp
 
 __all__ = [
@@ -243,7 +244,7 @@ def missing(path: Path, name: str) -> InputError:
 
 def _read_parquet(path: Path, name: str) -> pa.Table:
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             data = parquet.ParquetFile(file).read()
         data.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -96,7 +96,7 @@ class Delimited:
             return "skip"
 
         try:
-            table = parse(pa.BufferReader(block), self._delimiter, columns, note, threads=False, exact=exact)
+            table = parse(pa.BufferReader(block), self._delimiter, columns, note, exact=exact)
         except pa.ArrowException as error:
             raise damaged_rows(self._name, error) from error
         if ragged:
