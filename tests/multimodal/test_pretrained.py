@@ -183,11 +183,16 @@ def test_where_features_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert cache.cache_folder() == Path.home() / ".cache" / "hesse"
 
 
-def test_a_cache_that_cannot_be_written_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_named_and_done_without(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, kept = prepared(data, ["photo"])
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("HESSE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InputError, match=r"unwritable cache.*HESSE_CACHE"):
-        prepared(data, ["photo"])
+    with pytest.warns(UserWarning, match=r"Features cannot be kept in .*file.*HESSE_CACHE") as told:
+        _, found = prepared(data, ["photo"])
+    assert len(told) == 1
+    assert torch.equal(found.inputs["image_photo"][0], kept.inputs["image_photo"][0])
 
 
 def test_progress_counts_every_value(data: Path) -> None:

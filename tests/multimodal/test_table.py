@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from pyarrow import parquet
 from hesse import InputError
 from hesse.multimodal import Table, read_table
 from hesse.multimodal.delimited import find_delimiter
+from hesse.multimodal.stream import open_source
 
 
 def write(folder: Path, content: str | bytes, name: str = "pets.csv") -> Path:
@@ -240,6 +242,15 @@ def test_missing_file_suggests_one(tmp_path: Path) -> None:
         read_table(tmp_path)
     with pytest.raises(InputError, match="unknown file type"):
         read_table(write(tmp_path, CSV, "pets.xlsx"))
+
+
+@pytest.mark.parametrize("name", ["pets.csv.gz", "pets.csv"])
+def test_a_compressed_file_is_named_with_what_unpacks_it(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"a,b\n1,2\n"))
+    for read in (read_table, open_source):
+        with pytest.raises(InputError, match=rf"compressed file at {name}.*gunzip '{name}'"):
+            read(path)
 
 
 def test_data_frames_that_are_no_tables() -> None:

@@ -233,3 +233,12 @@ def test_a_split_that_leaves_one_class_to_train_on_is_refused() -> None:
         read(["y", "z"], columns, split_column="part")
     with pytest.raises(InputError, match="also the split column"):
         read(["y", "part"], {"y": ["a", "b"] * 30, "part": part}, split_column="part")
+
+
+def test_a_row_without_any_label_says_so_by_the_separator_and_an_empty_cell_is_unknown() -> None:
+    table = read_table(pa.table({"x": [i % 9 / 7 for i in range(40)], "tags": ["a|b", "b", "|", "a", ""] * 8}))
+    schema, _ = make_schema(table, "tags", root=Path())
+    data = encode(schema, table, root=Path())
+    assert data.targets is not None and data.targets[:4].tolist() == [[1, 1], [0, 1], [0, 0], [1, 0]]
+    (finding,) = data.findings
+    assert finding.value == 8 and "If a row has none of the labels, write '|' alone" in finding.remedy

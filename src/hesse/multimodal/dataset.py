@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hesse.finding import Finding, InputError
 from hesse.multimodal.inputs import read_inputs
+from hesse.multimodal.label_lists import JSON
 from hesse.multimodal.model import Data
 from hesse.multimodal.schema import Schema
 from hesse.multimodal.sequences import is_list_of_texts
@@ -230,8 +231,19 @@ def _without_target(schema: Schema, table: Table, count: int) -> Finding:
         "missing target",
         table.where(schema.targets[0].name),
         f"{count} of {len(table)} rows have no target and were left out.",
-        "Fill the cells in if those rows should count.",
+        "Fill the cells in if those rows should count." + _none_of(schema),
         value=count,
+    )
+
+
+def _none_of(schema: Schema) -> str:
+    """How a cell says that none of the labels is true, where an empty one says that nothing is known."""
+    between = {target.separator for target in schema.targets if target.task == "multilabel"} - {""}
+    said = " or ".join("[]" if one == JSON else f"'{one.strip()}' alone" for one in sorted(between))
+    return (
+        f" If a row has none of the labels, write {said}: an empty cell is one that nobody has filled in."
+        if said
+        else ""
     )
 
 

@@ -12,10 +12,16 @@ from pathlib import Path
 
 from hesse.finding import InputError
 
-__all__ = ["require_utf8"]
+__all__ = ["refuse_compressed", "require_utf8"]
 
 _BLOCK = 1 << 20
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\x00": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
 
 
 def require_utf8(path: Path, name: str) -> None:
@@ -43,6 +49,7 @@ def require_utf8(path: Path, name: str) -> None:
     lines, pending = 0, 0  # pending: bytes of an unfinished character at the end of the last block
     with path.open("rb") as file:
         block = file.read(_BLOCK)
+        refuse_compressed(name, block)
         if block.startswith(_UTF16) or _looks_like_utf16(block):
             raise InputError(
                 "wrong encoding",
@@ -69,6 +76,14 @@ def require_utf8(path: Path, name: str) -> None:
             pending = len(decoder.getstate()[0])
             lines += block.count(b"\n")
             block = file.read(_BLOCK)
+
+
+def refuse_compressed(name: str, start: bytes) -> None:
+    """Raise InputError if a file begins as a compressed one does."""
+    for sign, (kind, command) in _COMPRESSED.items():
+        if start.startswith(sign):
+            message = f"The file is compressed ({kind}), and tables are read as they are."
+            raise InputError("compressed file", name, message, f"Unpack it: {command} '{name}'.", value=kind)
 
 
 def _looks_like_utf16(block: bytes) -> bool:

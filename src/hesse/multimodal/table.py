@@ -25,6 +25,7 @@ from pyarrow import parquet
 
 from hesse.finding import InputError
 from hesse.multimodal.delimited import read_delimited
+from hesse.multimodal.encoding import refuse_compressed
 from hesse.multimodal.json_lines import read_json_lines
 from hesse.multimodal.native import opened
 from hesse.multimodal.stamp import Stamp
@@ -41,6 +42,7 @@ __all__ = [
     "damaged_parquet",
     "plain",
     "read_table",
+    "unknown_type",
     "unused",
 ]
 
@@ -209,13 +211,7 @@ def _read_file(path: Path, name: str, delimiter: str | None) -> tuple[list[str],
             data = _read_parquet(path, name)
             names = data.column_names
         else:
-            raise InputError(
-                "unknown file type",
-                name,
-                f"Tables are read from {', '.join(DELIMITED + JSON + PARQUET)} files.",
-                "Rename the file to say what it is, or save it as CSV.",
-                value=suffix,
-            )
+            raise unknown_type(path, name)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(
@@ -239,6 +235,19 @@ def missing(path: Path, name: str) -> InputError:
         str(path),
         "There is no such file." if path.parent.is_dir() else "There is no such folder.",
         f"Did you mean '{close[0]}'?" if close else "Check the path.",
+    )
+
+
+def unknown_type(path: Path, name: str) -> InputError:
+    """For a file of no kind that is read; raises another that says more if it is a compressed one."""
+    with path.open("rb") as file:
+        refuse_compressed(name, file.read(8))
+    return InputError(
+        "unknown file type",
+        name,
+        f"Tables are read from {', '.join(DELIMITED + JSON + PARQUET)} files.",
+        "Rename the file to say what it is, or save it as CSV.",
+        value=path.suffix.lower(),
     )
 
 

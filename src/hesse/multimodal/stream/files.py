@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hesse.finding import InputError
 from hesse.multimodal.media import find_file
-from hesse.multimodal.table import DELIMITED, JSON, PARQUET, missing
+from hesse.multimodal.table import DELIMITED, JSON, PARQUET, missing, unknown_type
 
 __all__ = ["FORMATS", "find_tables", "format_of"]
 
@@ -40,13 +40,7 @@ def find_tables(path: Path, name: str) -> tuple[str, list[Path]]:
     if not path.is_dir():
         found = format_of(path)
         if found is None:
-            raise InputError(
-                "unknown file type",
-                name,
-                f"Tables are read from {', '.join(DELIMITED + JSON + PARQUET)} files.",
-                "Rename the file to say what it is, or save it as CSV.",
-                value=path.suffix.lower(),
-            )
+            raise unknown_type(path, name)
         return found, [path]
     files = sorted(file for file in _walk(path) if file.suffix.lower() != ".txt" and format_of(file))
     formats = sorted({format_of(file) or "" for file in files})

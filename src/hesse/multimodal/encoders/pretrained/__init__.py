@@ -8,10 +8,10 @@ them (:mod:`reading`). A run keeps the checkpoint's path and a hash of it (:mod:
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -206,6 +206,7 @@ def features(
         return bad
     reader = _reader(kind, folder, settings["identity"], settings.get("white"))
     tower = _tower(reader, settings["identity"])
+    kept = True
     for start in range(0, len(left), READ):
         some = left[start : start + READ]
         arrays = {}
@@ -217,7 +218,7 @@ def features(
                 tick(len(places[content]))
         for content, row in _computed(tower, arrays):
             out[places[content]] = row
-            _keep(cache, content, row)
+            kept = kept and _keep(cache, content, row)
             tick(len(places[content]))
     return bad
 
@@ -276,16 +277,15 @@ def _unused(tower: Tower, settings: dict[str, Any], array: NDArray[Any]) -> list
     return [name for name, grad in zip(names, grads, strict=True) if grad is None]
 
 
-def _keep(cache: Cache, content: str, row: NDArray[np.float32]) -> None:
+def _keep(cache: Cache, content: str, row: NDArray[np.float32]) -> bool:
+    """Whether the row could be kept; that it could not is said, and costs no more than the time to compute it again."""
     try:
         cache.put(content, row)
     except OSError as error:
-        raise InputError(
-            "no space" if error.errno == errno.ENOSPC else "unwritable cache",
-            str(cache.folder),
-            f"Features cannot be kept there: {error.strerror or error}.",
-            "Make room, or set HESSE_CACHE to another folder.",
-        ) from error
+        why = f"Features cannot be kept in {cache.folder}: {error.strerror or error}."
+        warnings.warn(f"{why} They are computed anew each time; make room, or set HESSE_CACHE.", stacklevel=2)
+        return False
+    return True
 
 
 @lru_cache(maxsize=8)

@@ -1,6 +1,6 @@
 """The part of a checkpoint that trains, and what follows it: pooled features, standardised, through one linear layer.
 
-Features are the mean over all positions, and beside it the first position, where BERT and ViT gather what they know; of
+Features are the first position, where BERT and ViT gather what they know, and beside it the mean over all positions; of
 a convolutional map or a sound the mean alone. A frozen model's are computed once, before training, and only
 :class:`Projection` is part of the network; a model that trains, or whose last blocks do, is part of it as
 :class:`Encoder`. Either way the network starts from features of unit scale. Dropout stays off, as in all our encoders.
