@@ -60,7 +60,7 @@ POOLED = [(name, "Pool") for name in ("AdamW", "SOAP", "KFAC")]
 APART = ("AdamW", "apart")
 PLAN: dict[str, list[tuple[str, str]]] = {
     "degraded": [*BARE, *CURED, ("SGD", "Pool"), ("Adagrad", "Pool"), ("Shampoo", "Pool"), APART],
-    "speaker": [*BARE, *(row for row in CURED if row[0] == "AdamW" or row[1] == "Pool"), APART],
+    "speaker": [*BARE, *(row for row in CURED if row[0] != "KFAC" or row[1] == "Pool"), APART],
     "heard": [("AdamW", "none"), ("SOAP", "none"), *POOLED, APART],
     "demo": [*BARE[:-1], *POOLED, APART],
     "balanced": [*BARE[:-1], *POOLED, APART],
