@@ -183,4 +183,4 @@ def test_classes_that_no_training_row_has_are_named(tmp_path: Path) -> None:
     (finding,) = [finding for finding in run.findings if finding["kind"] == "unseen class"]
     assert finding["message"].startswith("'new' is in 3 rows that validate or test (row 202, 261, 281) and in none")
     record = run.evaluation["targets"]["size"]
-    assert record["by_class"]["new"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "n": 2}
+    assert record["by_class"]["new"] == {"precision": None, "recall": 0.0, "f1": 0.0, "n": 2}

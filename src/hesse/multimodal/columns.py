@@ -226,7 +226,8 @@ def _media(table: Table, name: str, root: Path, facts: _Facts) -> Kind | None:
             "missing file",
             table.where(name, pc.index(facts.values, pc.cast(some[0], facts.values.type)).as_py()),
             f"The column looks like paths of {kind} files, but none of them exists in {root.resolve()}.",
-            "Paths are relative to the table's folder: name another one with --data-root, "
+            "Paths are relative to the table's folder (of a data frame the working directory): name another one with "
+            "--data-root (data_root=), "
             f"or use the names alone with --column {name}=text or --column {name}=ignore.",
         )
     return None

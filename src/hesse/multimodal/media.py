@@ -63,7 +63,7 @@ def find_file(root: Path, cell: str, top: str | None = None) -> Path:
             OUTSIDE,
             short(cell, 200),
             f"The path leads to {path}, which is not inside {top}.",
-            "Move the files into the folder, or name a folder that holds them all with --data-root.",
+            "Move the files into the folder, or name a folder that holds them all with --data-root (data_root=).",
         )
     return Path(path)
 

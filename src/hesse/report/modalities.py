@@ -22,9 +22,9 @@ __all__ = ["Contribution", "contribution", "name_of"]
 # Rows of the table: key in the record, heading, what it says, and how it is written ("" is a score).
 MEASURES = (
     ("shapley", "adds", "the part of the score that it adds, averaged over all orders of adding (Shapley)", "signed"),
-    ("alone", "alone", "the score with all others hidden", ""),
+    ("alone", "alone", "the score with all others hidden, a guess where it is absent itself", ""),
     ("without", "without it", "the score with it alone hidden", ""),
-    ("probe", "probe", "the score of a linear model on its features: what its encoder knows, used or not", ""),
+    ("probe", "probe", "the score of a linear model on its features, of rows that have it: what its encoder knows", ""),
     ("gradient_share", "gradient", "its share of the gradient of all encoders: who is being trained", "accuracy"),
     ("curvature_share", "curvature", "its share of the curvature: whose weights the predictions depend on", "accuracy"),
 )

@@ -131,7 +131,9 @@ def _sections(run: Records, folder: Path) -> Iterator[Section]:
         "Against wall time, one sees what a second of training buys; against epochs, what one pass over the "
         "rows buys. Higher is better for the score, lower for the loss; the large marker is the epoch with "
         "the best validation score. Loss is solid on validation rows and dotted on training rows: where "
-        "the first rises while the second falls, the model overfits.",
+        "the first rises while the second falls, the model overfits. The training loss is what the steps saw, over "
+        "the whole epoch and with a tenth of the modalities hidden; of several modalities it is the fused head's. "
+        "The validation loss is the finished answer's, of averaged weights, and so mostly lower.",
         _drawn(*drawn),
         "No epoch was completed: metrics.jsonl is missing or empty.",
     )

@@ -42,7 +42,7 @@ MEANING = {
     "exact match": "share of the rows with every label right",
     "hamming loss": "share of the labels, over all rows, that are wrong; lower is better",
     "jaccard": "labels rightly given, over labels that were given or should have been",
-    "r2": "share of the spread of the target that the predictions explain; 0 for always saying the mean",
+    "r2": "share of the spread of the target that the predictions explain; 0 for always saying the mean of these rows",
     "explained variance": "as R², apart from a constant error",
     "mae": "distance from the actual value, on average, in the target's own unit; lower is better",
     "rmse": "root of the mean squared distance: large errors count for more; lower is better",

@@ -44,7 +44,8 @@ DECODING = {
     "their place in values, 0 where missing or unknown. In the order of the schema. A date is d = days since "
     "1970-01-01 in UTC, standardised, then sine and cosine of 2 pi t for those its settings name: season t = d / "
     "365.2425, weekday t = floor(d) / 7, hour t = d. A latitude (phi) with its longitude (lambda) is cos phi cos "
-    "lambda, cos phi sin lambda, sin phi, then both in degrees, standardised.",
+    "lambda, cos phi sin lambda, sin phi, then both in degrees, standardised; where one of them is "
+    "missing only the degrees of the other are there, and the rest is NaN.",
 }
 
 

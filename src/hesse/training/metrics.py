@@ -85,7 +85,7 @@ def _of_classes(target: Target, p: Tensor, targets: Tensor, threshold: float | N
             found["f1_at_threshold"] = metrics.f1_score(actual, share[:, 1] >= threshold, zero_division=0)
     elif 1 < len(present) <= MOST_IN_CONFUSION:  # each class against the rest
         found["roc_auc"] = float(np.mean([metrics.roc_auc_score(actual == c, share[:, c]) for c in present]))
-    scores = metrics.precision_recall_fscore_support(actual, predicted, labels=range(k), zero_division=0)
+    scores = metrics.precision_recall_fscore_support(actual, predicted, labels=range(k), zero_division=math.nan)
     record: dict[str, Any] = {"metrics": _plain(found), "classes": list(target.classes)}
     record["by_class"] = _by_class(target, *scores)
     if k <= MOST_IN_CONFUSION:
@@ -121,15 +121,21 @@ def _of_labels(target: Target, p: Tensor, targets: Tensor, threshold: dict[str, 
         "roc_auc": _mean([metrics.roc_auc_score(actual[:, i], share[:, i]) for i in mixed]),
         "log_loss": float(F.binary_cross_entropy(p, targets.double())),
     }
-    scores = metrics.precision_recall_fscore_support(actual, predicted, zero_division=0)
+    scores = metrics.precision_recall_fscore_support(actual, predicted, zero_division=math.nan)
     return {"metrics": _plain(found), "classes": list(target.classes), "by_class": _by_class(target, *scores)}
 
 
 def _by_class(target: Target, precision: Array, recall: Array, f1: Array, n: Array) -> dict[str, dict[str, Any]]:
+    """None where nothing was to be found or nothing was predicted."""
     if target.width > MOST_BY_CLASS:
         return {}
-    rows = zip(target.classes, precision.tolist(), recall.tolist(), f1.tolist(), n.tolist(), strict=True)
-    return {name: {"precision": p, "recall": r, "f1": f, "n": count} for name, p, r, f, count in rows}
+    shares = zip(
+        *([None if math.isnan(x) else x for x in each.tolist()] for each in (precision, recall, f1)), strict=True
+    )
+    return {
+        name: {"precision": p, "recall": r, "f1": f, "n": count}
+        for name, (p, r, f), count in zip(target.classes, shares, n.tolist(), strict=True)
+    }
 
 
 def _calibration(target: Target, out: Tensor, targets: Tensor, temperature: float) -> dict[str, Any]:
