@@ -6,6 +6,7 @@ they become null), so that any language can read a run's records.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_path", "read_json", "read_lines", "write_json", "write_lines", "write_text"]
+__all__ = ["FULL", "atomic_path", "read_json", "read_lines", "write_json", "write_lines", "write_text"]
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk that has no room, or a file that may not grow
 
 
 @contextmanager

@@ -72,6 +72,13 @@ def test_one_column_of_other_files_is_named_by_its_first_row(folder: Path) -> No
         encode(trained(folder), pets("wav"), root=folder, with_target=False)
 
 
+def test_an_address_is_not_fetched(folder: Path) -> None:
+    photo = [f"{i}.png" for i in range(N - 1)] + ["https://example.org/29.png"]
+    table = table_of(photo=photo, x=[i % 7 / 3 for i in range(N)], y=["a", "b"] * (N // 2))
+    with pytest.raises(InputError, match=r"row 30, column 'photo' \(https://example.org/29.png\): This is an address"):
+        encode(make_schema(table, "y", root=folder)[0], table, root=folder)
+
+
 @pytest.mark.parametrize("many", [8, 15, 20])
 def test_columns_exchanged_in_some_rows_are_named(folder: Path, many: int) -> None:
     photo, sound = ([f"{i}.{end if i >= many else other}" for i in range(N)] for end, other in EXCHANGED)

@@ -117,9 +117,17 @@ def test_a_lock_file_that_vanishes_while_it_is_locked_is_no_lock(
     assert not list(tmp_path.iterdir())
 
 
+def _lives(pid: str) -> bool:
+    """Whether there is such a process, and it is no zombie that nobody has asked for its end."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_after_a_kill_the_run_goes_on_at_once(table: Path, tmp_path: Path, stream: bool) -> None:
-    """Workers that decode outlive a killed parent for a while; they do not keep its lock."""
+    """Workers that decode end with a killed parent, and do not keep its lock."""
     code = (
         f"import hesse, time; hesse.train({str(table)!r}, 'species', out={str(tmp_path / 'run')!r}, epochs=100000, "
         f"optimizer='adamw', batch_size=16, stream={stream}, workers=1, on_epoch=lambda row: time.sleep(0.02))"
@@ -131,7 +139,14 @@ def test_after_a_kill_the_run_goes_on_at_once(table: Path, tmp_path: Path, strea
             time.sleep(0.02)
         with pytest.raises(InputError, match=f"Process {process.pid} on"):
             train(table, tmp_path / "run", resume=True, stream=stream, workers=0)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        children = workers.read_text(encoding="utf-8").split() if workers.exists() else []
+        assert len(children) == stream or not workers.exists()
         process.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(map(_lives, children)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(_lives, children))
     assert ".lock" in left(tmp_path / "run")
     done = len(read_lines(tmp_path / "run" / "metrics.jsonl"))
     run = train(table, tmp_path / "run", resume=True, epochs=done + 2, workers=0)

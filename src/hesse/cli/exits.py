@@ -10,6 +10,7 @@ from typing import NoReturn, TextIO
 
 import typer
 
+from hesse.files import FULL
 from hesse.finding import Finding, InputError
 
 __all__ = ["clean_exit", "print_json", "print_text", "refuse"]
@@ -30,7 +31,8 @@ def clean_exit(as_json: bool = False) -> Iterator[None]:
         raise
     except OSError as error:
         message = f"{error.strerror or error}."
-        remedy = "Check the path, its permissions and the disk."
+        full = "Make room on the disk; what was written before is whole."
+        remedy = full if error.errno in FULL else "Check the path, its permissions and the disk."
         refuse(Finding("input or output", str(error.filename or ""), message, remedy, "error"), 1, as_json)
     except KeyboardInterrupt as error:
         refuse(Finding("interrupted", "", str(error) or "Nothing was written.", severity="error"), 130, as_json)

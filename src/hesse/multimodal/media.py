@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import tempfile
 import unicodedata
@@ -53,6 +54,9 @@ def find_file(root: Path, cell: str, top: str | None = None) -> Path:
     """
     if "\0" in cell:
         raise InputError("missing file", short(cell), "A path cannot contain a NUL character.", "Correct the path.")
+    if re.match(r"[a-z][a-z0-9+.-]+://", cell, re.IGNORECASE):
+        message, remedy = "This is an address, and nothing is fetched.", "Download the file and write its path."
+        raise InputError("missing file", short(cell, 200), message, remedy)
     top = os.path.realpath(root) if top is None else top
     spellings = dict.fromkeys((cell, unicodedata.normalize("NFC", cell), unicodedata.normalize("NFD", cell)))
     # Not Path.resolve, which raises for circular links and names that are too long.

@@ -60,6 +60,9 @@ def score(curves: Sequence[Curve], name: str, against: str) -> Chart | None:
                 + "}<extra></extra>",
             }
         )
+    # As many digits as tell the marks of a narrow range apart.
+    spread = max(values) - min(values) if (values := [y for trace in data for y in trace["y"]]) else 0.0
+    more = sum(0 < spread < limit for limit in (0.05, 0.005))
     what = score_name(name)
     ends = "; ".join(
         f"{c.label} ends at {value(c.rows[-1]['valid_score'], name)} in epoch {c.rows[-1]['epoch']}" for c in curves
@@ -73,9 +76,9 @@ def score(curves: Sequence[Curve], name: str, against: str) -> Chart | None:
             "layout": layout(
                 axis(title, rangemode="tozero"),
                 # An R² far below zero, as first epochs have it, must not flatten the rest of the curve.
-                axis(tickformat=".0%", autorangeoptions={"clipmin": 0, "clipmax": 1.02})
+                axis(tickformat=f".{more}%", autorangeoptions={"clipmin": 0, "clipmax": 1.02})
                 if is_share(name)
-                else axis(tickformat=".2~f", autorangeoptions={"clipmin": -0.5}),
+                else axis(tickformat=f".{2 + more}~f", autorangeoptions={"clipmin": -0.5}),
                 showlegend=True,
             ),
         },
@@ -97,7 +100,7 @@ def loss(curves: Sequence[Curve], against: str) -> Chart | None:
             data.append(
                 {
                     "type": "scatter",
-                    "mode": "lines",
+                    "mode": "lines" if len(rows) > 1 else "markers",
                     "name": labels([curve.label])[0],
                     "legendgroup": str(i),
                     "showlegend": kind == "validation",

@@ -121,7 +121,7 @@ def parts(rows: Sequence[tuple[str, float]], name: str, full: float, nothing: fl
         {
             "data": data,
             "layout": layout(
-                _score_axis(name, range=_roomy(low, high, 0.2)),
+                _score_axis(name, range=_roomy(low, high, 0.3)),
                 axis(
                     type="category",
                     autorange="reversed",

@@ -198,14 +198,16 @@ def _results(run: Records, folder: Path) -> Iterator[Section]:
     )
     rows = disagreements(run, folder)
     if rows:
+        what = "joint answer" if regression else "log-probability of the joint answer"
+        explained = f" The pull of a modality is what it adds to the {what}, averaged over all orders of adding."
+        pull = explained if any(each.pull for row in rows for each in row.answers) else ""
         yield Section(
             "disagreements",
             "Where the modalities disagree",
             "The rows on which the modalities, each by itself, say the most different things of "
             f"{run.targets[0]['name']}, and what they were looking at. A modality that is wrong and sure here is one "
-            "to listen to less; a label that all of them contradict may be wrong in the table. The pull of a modality "
-            f"is what it adds to the {'joint answer' if regression else 'log-probability of the joint answer'}, "
-            "averaged over all orders of adding. Rows are counted from 1, below the header.",
+            "to listen to less; a label that all of them contradict may be wrong in the table."
+            f"{pull} Rows are counted from 1, below the header.",
             [],
             "",
             "samples.html.j2",

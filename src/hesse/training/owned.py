@@ -7,7 +7,6 @@ no lock, because every file of a run is whole at all times.
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import shutil
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from hesse.files import FULL
 from hesse.finding import InputError
 from hesse.training.checkpoint import CHECKPOINT
 from hesse.training.run import LOCK, Run, clear, refuse_used
@@ -27,7 +27,6 @@ except ImportError:  # Windows has no such locks: there folders are not guarded
 
 __all__ = ["locked", "owned", "refuse_owned"]
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _held: set[IO[str]] = set()
 
 

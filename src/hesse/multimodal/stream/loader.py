@@ -8,9 +8,11 @@ number of workers changes nothing but the time.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +37,7 @@ from hesse.multimodal.table import Table
 
 __all__ = ["Decoded", "Loader", "usual_workers"]
 
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: a signal when the parent dies
 AHEAD = 4  # batches a worker may be ahead
 
 
@@ -116,7 +119,7 @@ class Loader:
                 sampler=_Tasks(self),
                 num_workers=self.workers,
                 collate_fn=_same,
-                worker_init_fn=_deaf,
+                worker_init_fn=_begin,
                 prefetch_factor=AHEAD if self.workers else None,
                 persistent_workers=self.workers > 0,
                 multiprocessing_context=context,
@@ -186,9 +189,14 @@ class _Decoder(torch_data.Dataset[Any]):
         return whole, _as_arrays(data), errors
 
 
-def _deaf(_: int) -> None:
-    """Ctrl-C is for the process that trains."""
+def _begin(_: int) -> None:
+    """What a worker does first: Ctrl-C is for the process that trains, and when that is killed the worker ends too.
+
+    torch's own watch over the parent is by a clock, and does not look while a worker waits for a lock that has died.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _same(thing: Any) -> Any:
