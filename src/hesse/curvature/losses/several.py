@@ -67,6 +67,7 @@ def several_losses(outputs: Tensor, targets: Sequence[Tensor], parts: Sequence[P
         parts: in the order of outputs and targets.
 
     Example:
+        >>> import torch
         >>> parts = (Part(F.cross_entropy, 2), Part(F.mse_loss, 1, factor=3.0))
         >>> targets = torch.tensor([0, -100]), torch.tensor([[float("nan")], [2.0]])
         >>> several_losses(torch.zeros(2, 3), targets, parts)  # (log 2 + 3 * 2^2) / 2
