@@ -225,7 +225,10 @@ def test_the_caller_is_told_of_each_epoch_and_can_end_the_training(table: Path, 
     assert records(tmp_path / "run") == records(train(table, tmp_path / "whole").folder)
 
 
-def test_a_crash_in_the_middle_leaves_no_lock(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def crashed(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that an error of ours ended in its second step, before anything was saved."""
+
     def crash() -> None:
         raise ZeroDivisionError
 
@@ -233,21 +236,16 @@ def test_a_crash_in_the_middle_leaves_no_lock(table: Path, tmp_path: Path, monke
         at_step(patched, 2, crash)
         with pytest.raises(ZeroDivisionError):
             train(table, tmp_path / "run")
-    assert ".lock" not in left(tmp_path / "run")
-    train(table, tmp_path / "run", resume=True)
+    return tmp_path / "run"
 
 
-def test_a_run_that_came_to_nothing_gives_way_to_the_next(
-    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def crash() -> None:
-        raise ZeroDivisionError
+def test_a_crash_in_the_middle_leaves_no_lock(table: Path, crashed: Path) -> None:
+    assert ".lock" not in left(crashed)
+    train(table, crashed, resume=True)
 
-    with monkeypatch.context() as patched:
-        at_step(patched, 2, crash)
-        with pytest.raises(ZeroDivisionError):
-            train(table, tmp_path / "run")
-    assert (tmp_path / "run" / "config.json").exists()
-    assert train(table, tmp_path / "run").config["status"] == "finished"
+
+def test_a_run_that_came_to_nothing_gives_way_to_the_next(table: Path, crashed: Path) -> None:
+    assert (crashed / "config.json").exists()
+    assert train(table, crashed).config["status"] == "finished"
     with pytest.raises(InputError, match="There is a run in this folder already"):
-        train(table, tmp_path / "run")
+        train(table, crashed)

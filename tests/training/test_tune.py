@@ -266,6 +266,24 @@ def test_what_the_table_lacks_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         run(tmp_path / "mine", overwrite=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        pytest.param({"balance": "nonsense"}, "no such cure", id="cure"),
+        pytest.param({"balance": "pmr"}, "unsuitable cure", id="cure of classes for a quantity"),
+        pytest.param({"fusion": "nonsense"}, "no such fusion", id="fusion"),
+    ],
+)
+def test_what_no_trial_could_be_trained_with_is_refused_at_once(
+    tmp_path: Path, options: dict[str, Any], kind: str
+) -> None:
+    table = pa.table({name: values for name, values in numbers(60).items() if name != "species"})
+    with pytest.raises(InputError) as error:
+        hesse.tune(table, "age", out=tmp_path / "s", trials=1, epochs=1, verbose=False, **options)
+    assert error.value.finding.kind == kind
+    assert not (tmp_path / "s").exists()
+
+
 def test_trials_are_runs_and_the_best_one_predicts(tmp_path: Path) -> None:
     columns = numbers(120)
     del columns["age"]

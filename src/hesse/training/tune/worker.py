@@ -25,8 +25,8 @@ import torch
 
 from hesse.finding import InputError
 from hesse.training import call
-from hesse.training.build import build_model
-from hesse.training.choose import choose_fusion
+from hesse.training.build import build_model, refuse_balance
+from hesse.training.choose import choose_fusion, refuse_fusion
 from hesse.training.course import Course, follow
 from hesse.training.job import decided, prepare
 from hesse.training.loop import Plan, batches, start, take_step
@@ -125,7 +125,10 @@ def main() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     settings, screen = call.DEFAULTS | task["settings"], Screen(quiet=True)
     try:
+        refuse_fusion(settings["fusion"])
         source, _, plan = prepare(task["table"], task["target"], settings, screen, Team())
+        for name in (settings["optimizer"], "kfac"):  # which is trained beside the search
+            refuse_balance(settings["balance"], name, plan.schema)
         if settings["fusion"] == "auto":
             settings |= choose_fusion(plan, settings, screen)
     except InputError as error:
