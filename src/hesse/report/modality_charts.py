@@ -121,7 +121,7 @@ def parts(rows: Sequence[tuple[str, float]], name: str, full: float, nothing: fl
         {
             "data": data,
             "layout": layout(
-                _score_axis(name, range=_roomy(low, high, 0.3)),
+                _score_axis(name, range=_roomy(low, high, 0.4)),
                 axis(
                     type="category",
                     autorange="reversed",
@@ -134,7 +134,7 @@ def parts(rows: Sequence[tuple[str, float]], name: str, full: float, nothing: fl
                 showlegend=False,
             ),
             "narrow": _narrow([ends[0][0], *(row[0] for row in rows), ends[1][0]], titles)
-            | {"xaxis": {"range": _roomy(low, high, 0.35)}},
+            | {"xaxis": {"range": _roomy(low, high, 0.5)}},
         },
         150 + 40 * len(titles),
     )
